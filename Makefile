@@ -1,0 +1,96 @@
+# What one can do with a clone of this repository. Python 3.11 or newer and make are all it takes.
+
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+# One of requirements/*.txt: what the tests run with.
+LOCK ?= requirements/dev.txt
+# Processes that run tests side by side, each with databases of its own. JOBS=0: one after the
+# other, in this process (for a debugger).
+JOBS ?= logical
+# More words for pytest: make test ARGS="-k pool -x"
+ARGS ?=
+# The other Pythons the suite is run on by test-pythons.
+PYTHONS ?= 3.12 3.13
+
+IN_VENV := $(VENV)/bin/python
+PIP := $(IN_VENV) -m pip --disable-pip-version-check
+CODE := src sql_app tests $(wildcard experiment examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format experiment coverage test-pythons test-lowest lock clean
+
+help: ## say what there is (this text)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.installed ## create .venv with everything that development needs
+
+run: $(VENV)/.runnable ## serve sql_app on port 8000 (PORT=…, DATABASE_URL=…; without it, SQLite in test.db)
+	@echo "sql_app: http://127.0.0.1:$(PORT)/docs (Ctrl-C ends it)"
+	@exec $(IN_VENV) -m uvicorn sql_app.main:app --port $(PORT)
+
+test: $(VENV)/.installed ## run the whole test suite (ARGS="-k pool -x", JOBS=1)
+	$(IN_VENV) -m pytest -n $(JOBS) --maxprocesses 4 $(ARGS)
+
+check: $(VENV)/.installed ## check format, lint and types
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m mypy $(CODE)
+
+format: $(VENV)/.installed ## format the code and mend what the linter can mend
+	$(IN_VENV) -m ruff check --fix-only --quiet .
+	$(IN_VENV) -m ruff format .
+
+experiment: $(VENV)/.installed ## show what goes wrong without this library, and what doesn't with it
+	$(IN_VENV) -m experiment
+
+coverage: ## run the whole test suite and say which lines and branches it never reaches
+	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term-missing $(ARGS)"
+
+test-pythons: ## run the suite, less its slow tests, on Python 3.12 and 3.13 where they are installed
+	@for version in $(PYTHONS); do \
+		if python=$$(scripts/find-python $$version); then \
+			echo "test-pythons: Python $$version is $$python"; \
+			$(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON="$$python" ARGS='-m "not slow" $(ARGS)' || exit 1; \
+		else \
+			echo "test-pythons: no working Python $$version here, so nothing was run on it"; \
+		fi; \
+	done
+
+test-lowest: ## run the suite, less its slow tests, on the lowest supported Python and dependencies
+	@if python=$$(scripts/find-python 3.11); then \
+		$(MAKE) --no-print-directory test VENV=.venv-lowest PYTHON="$$python" LOCK=requirements/lowest.txt ARGS='-m "not slow" $(ARGS)'; \
+	else \
+		echo "test-lowest: no working Python 3.11 here, so nothing was run on it"; \
+	fi
+
+lock: $(VENV)/.installed ## write requirements/*.txt anew from pyproject.toml (ARGS=--upgrade moves the pins)
+	UV=$(VENV)/bin/uv scripts/lock $(ARGS)
+
+clean: ## remove what the other targets made, the databases of `make run` excepted
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* dist
+	find src sql_app tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps say that .venv holds what the files to their right ask for. The project itself is
+# installed in place, by a build backend out of the lock, so nothing is fetched that has no hash.
+$(VENV)/.runnable: requirements/run.txt pyproject.toml | $(IN_VENV)
+	$(PIP) install --quiet --require-hashes --requirement requirements/run.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed: $(LOCK) pyproject.toml | $(IN_VENV)
+	$(PIP) install --quiet --require-hashes --requirement $(LOCK)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(IN_VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "fastapi-peewee needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+		echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+		exit 1; \
+	} >&2
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "$(PYTHON) cannot create a virtual environment. On Debian and Ubuntu: apt-get install python3-venv"; \
+		exit 1; \
+	} >&2

@@ -1,0 +1,1 @@
+"""The reference application of fastapi-peewee: users who own items."""

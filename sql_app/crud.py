@@ -1,0 +1,46 @@
+"""What the application does with the database: plain synchronous Peewee.
+
+`def` endpoints call these functions as they are, `async def` ones with `await db.run(…)`.
+"""
+
+import peewee
+
+from . import models, schemas
+from .security import hash_password
+
+_with_items = peewee.Load(models.User.items, strategy=peewee.PREFETCH_TYPE.MATERIALIZE)
+
+
+def get_user(user_id: int) -> models.User | None:
+    return models.User.get_or_none(models.User.id == user_id)
+
+
+def get_user_by_email(email: str) -> models.User | None:
+    return models.User.get_or_none(models.User.email == email)
+
+
+def get_users(skip: int = 0, limit: int = 100) -> list[models.User]:
+    query = models.User.select().order_by(models.User.id).offset(skip).limit(limit)
+    return list(query.with_related(_with_items))
+
+
+def create_user(user: schemas.UserCreate, hashed_password: str | None = None) -> models.User:
+    """Raises `peewee.IntegrityError` if the email is registered already.
+
+    Args:
+        user: the email and the password.
+        hashed_password: the password's hash, if it has been made already; making it takes a while,
+            which is better not spent with a connection in one's hands.
+    """
+    if hashed_password is None:
+        hashed_password = hash_password(user.password.get_secret_value())
+    return models.User.create(email=user.email, hashed_password=hashed_password)
+
+
+def get_items(skip: int = 0, limit: int = 100) -> list[models.Item]:
+    return list(models.Item.select().order_by(models.Item.id).offset(skip).limit(limit))
+
+
+def create_user_item(item: schemas.ItemCreate, user_id: int) -> models.Item:
+    """Raises `peewee.IntegrityError` if there is no such user."""
+    return models.Item.create(**item.model_dump(), owner=user_id)

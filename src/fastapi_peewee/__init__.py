@@ -1,0 +1,52 @@
+"""Peewee, first-class in FastAPI: one `db` object for `def` and `async def`, and no surprises."""
+
+from .backends import connect
+from .database import Database
+from .exceptions import (
+    BlockingQuery,
+    BlockingQueryWarning,
+    DatabaseUnavailable,
+    LeaseEnded,
+    LeaseError,
+    LeaseForked,
+    NoLease,
+    PoolClosed,
+    PoolError,
+    PoolTimeout,
+    TooManyWaiting,
+    TurnTimeout,
+)
+from .lifecycle import ConnectedDb, InTransaction, Peewee, get_db, reset_db_state, transaction
+from .pool import PoolStats
+from .routing import PeeweeRoute, without_lease
+from .state import PeeweeConnectionState
+from .verbs import AsyncModel, AsyncModelMixin
+
+__all__ = [
+    "AsyncModel",
+    "AsyncModelMixin",
+    "BlockingQuery",
+    "BlockingQueryWarning",
+    "ConnectedDb",
+    "Database",
+    "DatabaseUnavailable",
+    "InTransaction",
+    "LeaseEnded",
+    "LeaseError",
+    "LeaseForked",
+    "NoLease",
+    "Peewee",
+    "PeeweeConnectionState",
+    "PeeweeRoute",
+    "PoolClosed",
+    "PoolError",
+    "PoolStats",
+    "PoolTimeout",
+    "TooManyWaiting",
+    "TurnTimeout",
+    "connect",
+    "get_db",
+    "reset_db_state",
+    "transaction",
+    "without_lease",
+]

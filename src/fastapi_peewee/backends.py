@@ -1,0 +1,275 @@
+"""`connect(url)`, and where SQLite, PostgreSQL and MySQL differ: each is a class of Peewee's."""
+
+import functools
+import sqlite3
+import uuid
+from typing import Any
+from urllib.parse import urlparse
+
+import peewee
+
+from .database import Database
+from .state import Lease, translate_driver_errors
+
+_ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+
+
+class SqliteDatabase(Database, peewee.SqliteDatabase):
+    """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
+
+    def __init__(
+        self, database: str, pragmas: Any = None, *, busy_timeout: float = 5.0, **kwargs: Any
+    ) -> None:
+        # A transaction that reads first and then writes can't wait for another writer: SQLite
+        # fails it at once (SQLITE_BUSY_SNAPSHOT). So the write lock is taken at the beginning.
+        kwargs.setdefault("lock_type", "IMMEDIATE")
+        self._busy_timeout = busy_timeout
+        super().__init__(database, pragmas, **kwargs)
+
+    def init(self, database: str, pragmas: Any = None, **kwargs: Any) -> None:
+        self._keeper: sqlite3.Connection | None = None
+        given = dict(pragmas or self._pragmas or {})
+        defaults: dict[str, Any] = {"foreign_keys": 1}
+        if database == ":memory:":
+            # One database for all connections, until the last one of them is closed.
+            database = f"file:/fastapi-peewee-{uuid.uuid4().hex}?vfs=memdb"
+            kwargs["uri"] = True
+            self._keeper = sqlite3.connect(database, uri=True, check_same_thread=False)
+        else:
+            defaults["journal_mode"] = "wal"
+        kwargs.setdefault("check_same_thread", False)
+        kwargs.setdefault("timeout", self._busy_timeout)
+        super().init(database, pragmas={**defaults, **given}, **kwargs)
+
+    def begin(
+        self,
+        lock_type: str | None = None,
+        *,
+        isolation_level: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        if isinstance(lock_type, str) and lock_type.upper() in _ISOLATION_LEVELS:
+            lock_type, isolation_level = None, lock_type
+        _isolation(isolation_level)
+        super().begin(lock_type or ("DEFERRED" if read_only else None))
+        if read_only:
+            self._state.read_only = True
+            self.execute_sql("PRAGMA query_only = 1")
+
+    def commit(self) -> None:
+        super().commit()
+        self._end_read_only()
+
+    def rollback(self) -> None:
+        super().rollback()
+        self._end_read_only()
+
+    def _end_read_only(self) -> None:
+        if getattr(self._state, "read_only", False):
+            self.execute_sql("PRAGMA query_only = 0")
+            self._state.read_only = False
+
+    def cursor(self, named_cursor: Any = None) -> Any:
+        cursor = super().cursor(named_cursor)
+        lease = self._state.lease()
+        if lease is not None:
+            lease.root.cursors.add(cursor)
+        return cursor
+
+    def is_open(self, conn: Any) -> bool:
+        return True
+
+    def is_alive(self, conn: Any) -> bool:
+        return True
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        for cursor in lease.cursors:
+            cursor.close()  # one that is half read keeps the connection on an old snapshot
+        if conn.in_transaction:
+            conn.rollback()
+        return not lease.tainted and not lease.state.get("read_only")
+
+
+# Functions, collations and attached files belong to connections: those that exist lack new ones.
+def _renewing(name: str) -> Any:
+    method = getattr(peewee.SqliteDatabase, name)
+
+    @functools.wraps(method)
+    def renewing(self: SqliteDatabase, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if hasattr(self, "pool"):
+            self.pool.renew()
+        return result
+
+    return renewing
+
+
+for _name in (
+    "attach",
+    "detach",
+    "load_extension",
+    "register_aggregate",
+    "register_collation",
+    "register_function",
+    "register_window_function",
+):
+    setattr(SqliteDatabase, _name, _renewing(_name))
+
+
+class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
+    """PostgreSQL through psycopg 3, also where psycopg2 is installed."""
+
+    def init(self, database: str, **kwargs: Any) -> None:
+        kwargs.setdefault("connect_timeout", 5)
+        super().init(database, **{**kwargs, "prefer_psycopg3": True})
+
+    def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
+        if not read_only:
+            super().begin(_isolation(isolation_level))
+            return
+        default = self._adapter.isolation_level_str(self._isolation_level)
+        level = _isolation(isolation_level or default)
+        with translate_driver_errors:
+            self.cursor().execute(f"BEGIN {f'ISOLATION LEVEL {level} ' if level else ''}READ ONLY")
+
+    def open_rows(self, query: Any) -> Any:
+        from playhouse.postgres_ext import ServerSide
+
+        return iter(ServerSide(query))
+
+    def is_open(self, conn: Any) -> bool:
+        return not conn.closed
+
+    def is_alive(self, conn: Any) -> bool:
+        try:
+            conn.execute("SELECT 1")
+        except Exception:
+            return False
+        return True
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        from psycopg.pq import TransactionStatus
+
+        status = conn.pgconn.transaction_status
+        if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+            conn.rollback()
+        elif status != TransactionStatus.IDLE:
+            return False
+        if lease.tainted:
+            conn.execute("DISCARD ALL")
+        return True
+
+
+class MySQLDatabase(Database, peewee.MySQLDatabase):
+    """MySQL and MariaDB through PyMySQL."""
+
+    def init(self, database: str, **kwargs: Any) -> None:
+        kwargs.setdefault("connect_timeout", 5)
+        super().init(database, **kwargs)
+
+    def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
+        if not read_only:
+            super().begin(_isolation(isolation_level))
+            return
+        with translate_driver_errors:
+            cursor = self.cursor()
+            if isolation_level:
+                cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {_isolation(isolation_level)}")
+            cursor.execute("START TRANSACTION READ ONLY")
+
+    def is_open(self, conn: Any) -> bool:
+        return bool(conn.open)
+
+    def is_alive(self, conn: Any) -> bool:
+        try:
+            conn.ping(reconnect=False)
+        except Exception:
+            return False
+        return True
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
+
+        if not conn.open or lease.tainted:
+            return False
+        if conn.server_status & SERVER_STATUS_IN_TRANS:
+            conn.rollback()
+        return True
+
+
+def _isolation(level: Any) -> Any:
+    if isinstance(level, str):
+        if level.upper() not in _ISOLATION_LEVELS:
+            raise ValueError(
+                f"isolation_level must be one of {', '.join(_ISOLATION_LEVELS)}, got: {level!r}"
+            )
+        return level.upper()
+    return level
+
+
+_SCHEMES: dict[str, type[Database]] = {
+    "sqlite": SqliteDatabase,
+    "postgresql": PostgresqlDatabase,
+    "postgres": PostgresqlDatabase,
+    "mysql": MySQLDatabase,
+    "mariadb": MySQLDatabase,
+}
+
+
+def connect(
+    url: str,
+    *,
+    pool_size: int = 10,
+    timeout: float = 10.0,
+    max_waiting: int = 1000,
+    max_lifetime: float = 3600.0,
+    **options: Any,
+) -> "Database":
+    """Make a database from a URL. Nothing is opened before the first use.
+
+    ::
+
+        db = connect("sqlite:///app.db")            # a file; four slashes for an absolute path
+        db = connect("sqlite:///:memory:")          # one database for all threads
+        db = connect("postgresql://user:password@host:5432/name")
+        db = connect("mysql://user:password@host:3306/name")    # MySQL and MariaDB
+
+    Args:
+        url: as above. User and password are percent-decoded. What follows a `?` is passed on as
+            options: `postgresql:///name?host=/run/postgresql&pool_size=20`.
+        pool_size: the greatest number of connections that requests and tasks use at a time.
+            Synchronous code outside of requests has one more for each thread.
+        timeout: seconds to wait for a connection, then `PoolTimeout`.
+        max_waiting: how many may wait at a time; more get `TooManyWaiting` at once.
+        max_lifetime: seconds after which a connection is replaced.
+        options: for Peewee's database class and, through it, the driver: `pragmas`,
+            `busy_timeout` (SQLite; seconds), `connect_timeout` (PostgreSQL, MySQL; seconds), …
+
+    Raises:
+        ValueError: the URL can't be understood, or a setting is out of range.
+        peewee.ImproperlyConfigured: the driver isn't installed.
+    """
+    from playhouse.db_url import parse  # it imports every driver that is there
+
+    scheme = urlparse(url).scheme
+    database_class = _SCHEMES.get(scheme)
+    if database_class is None:
+        raise ValueError(
+            f"Can't tell the kind of database from the URL's scheme {scheme!r}. It must be one of "
+            f"{', '.join(sorted(_SCHEMES))}; for example sqlite:///app.db."
+        )
+    parameters = parse(url, unquote_password=True, unquote_user=True)
+    if not parameters.get("database"):
+        raise ValueError(
+            f"The URL names no database. Local databases take three slashes ({scheme}:///name), "
+            f"remote ones are written {scheme}://user:password@host/name."
+        )
+    if "passwd" in parameters:
+        parameters["password"] = parameters.pop("passwd")
+    settings: dict[str, Any] = {
+        "pool_size": pool_size,
+        "timeout": timeout,
+        "max_waiting": max_waiting,
+        "max_lifetime": max_lifetime,
+    }
+    return database_class(**{**settings, **parameters, **options})

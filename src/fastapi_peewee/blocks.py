@@ -1,0 +1,227 @@
+"""Peewee's blocks (`atomic`, `transaction`, `savepoint`, `connection_context`), each usable with
+`with`, with `async with` and as a decorator of `def` and `async def`.
+
+What a block sends to the database is Peewee's business; who may use the connection meanwhile is
+decided here: an async block is a lease of its own, and holds the turn of the one around it.
+"""
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable
+from functools import partial, wraps
+from threading import get_ident
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .calls import Call, result_of, run_follow_ups, uninterrupted
+from .state import ConnectionContext, Lease, _atomic, _savepoint, _transaction
+
+if TYPE_CHECKING:
+    from .database import Database
+
+logger = logging.getLogger("fastapi_peewee")
+
+
+class _Block:
+    """What all blocks share. `super()` is Peewee's context manager."""
+
+    db: "Database"
+    _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
+    _lease: Lease  # entered with `async with`
+    _outer: Any
+
+    def __enter__(self) -> Any:
+        # The turn comes first: what Peewee looks at next (how deep are we?) belongs to its holder.
+        lease = self.db.take_turn()
+        try:
+            result = super().__enter__()  # type: ignore[misc]
+        except BaseException:
+            if lease is not None:
+                lease.give_turn()
+            raise
+        self._turn = lease
+        return result
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        lease, self._turn = self._turn, None
+        try:
+            super().__exit__(exc_type, exc, tb)  # type: ignore[misc]
+        finally:
+            if lease is not None:
+                lease.give_turn()
+
+    async def __aenter__(self) -> Any:
+        db = self.db
+        lease = await db.begin_lease()
+        call = Call(db.pool, db._state, lease, self.__enter__, Lease.give_turn)
+        try:
+            result = await result_of(call)
+        except BaseException as error:
+            entered = not call.cancelled() and call.exception() is None
+            # If so, the task was cancelled meanwhile, and nobody else will leave the block.
+            await leave(db, lease, partial(self._end, error) if entered else _nothing)
+            raise
+        self._lease, self._outer = lease, db._state._state.get()
+        db._state.bind(lease)
+        return result
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.db._state.bind(self._outer)
+        await leave(self.db, self._lease, partial(self._end, exc))
+        await run_follow_ups(self._lease)
+
+    def _end(self, error: BaseException | None, cancelled: BaseException | None = None) -> None:
+        error = cancelled or error  # cancelled before the COMMIT was sent: so it isn't
+        self.__exit__(type(error) if error else None, error, None)
+
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(
+                f"{fn.__qualname__} is a generator: the block would end before its body begins. "
+                "Enter the block inside it."
+            )
+        if not inspect.iscoroutinefunction(fn):
+            return super().__call__(fn)  # type: ignore[misc]
+
+        @wraps(fn)
+        async def inner(*args: Any, **kwargs: Any) -> Any:
+            async with self._build_ctx():  # type: ignore[attr-defined]
+                return await fn(*args, **kwargs)
+
+        return inner
+
+
+async def leave(db: "Database", lease: Lease, last: Callable[[BaseException | None], None]) -> None:
+    """Call `last(cancellation or None)` in a thread, and end the lease there.
+
+    This is done whatever is cancelled meanwhile; the cancellation is raised in the end.
+    """
+    lease.closing = True
+    if lease.root.held is None:  # no connection was to be had: there is nothing to leave
+        db.end_lease(lease)
+        return
+    cancelled = None
+    if not lease.turn.acquire_nowait():  # a child's call is still running
+        cancelled = await uninterrupted(asyncio.ensure_future(lease.turn.acquire(None)))
+    call = Call(db.pool, db._state, lease, partial(last, cancelled), db.end_lease)
+    await result_of(call, certain=True)
+    if cancelled is not None:
+        raise cancelled
+
+
+def _nothing(cancelled: BaseException | None) -> None:
+    pass
+
+
+class _SafeTransaction(_transaction):
+    """Peewee's transaction, except that a failing end neither hides its cause nor stays open."""
+
+    def _begin(self) -> None:
+        try:
+            super()._begin()
+        except BaseException:
+            self.db.close_if_dead()  # else the thread would keep a dead connection for ever
+            raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        depth = self.db.transaction_depth()
+        self.db.pop_transaction()
+        if depth > 1:
+            return
+        if exc_type is not None:
+            self._abandon()
+            return
+        try:
+            self.commit(False)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        self.db._clear_commit_callbacks()
+        try:
+            self.db.rollback()
+        except Exception:
+            # The connection is lost, or the database has rolled back by itself (SQLite does, when
+            # the disk is full). Nothing was committed; the error to report is the first one.
+            logger.debug("ROLLBACK failed.", exc_info=True)
+            self.db.close_if_dead()
+
+
+class _MarkedSavepoint(_savepoint):
+    """Peewee's savepoint, except that its `after_commit` callbacks are dropped with it."""
+
+    def _begin(self) -> None:
+        self._callbacks = len(self.db._state.commit_callbacks)
+        super()._begin()
+
+    def rollback(self, begin: bool = True) -> None:
+        del self.db._state.commit_callbacks[self._callbacks :]
+        super().rollback(begin)
+
+
+class Atomic(_Block, _atomic):
+    """`db.atomic()`: a transaction or, inside of one, a savepoint."""
+
+
+class Transaction(_Block, _SafeTransaction):
+    """`db.transaction()`: as `atomic`, but a nested one is not there: it ends with the outer."""
+
+
+class Savepoint(_Block, _MarkedSavepoint):
+    """`db.savepoint()`."""
+
+
+class LeaseContext(_Block, ConnectionContext):
+    """`db.connection_context()`: holds a connection, without a transaction.
+
+    In a thread of a request that holds none it takes a lease, and blocks the thread for it.
+    """
+
+    _taken: Lease | None = None
+
+    def __enter__(self) -> Any:
+        db = self.db
+        if not db._state.homeless:
+            return super().__enter__()
+        db._state.guard_loop()
+        lease = db.pool.acquire_blocking()
+        lease.owner = get_ident()
+        lease.follow_ups = None  # there is no event loop to await them on
+        try:
+            db.pool.connect(lease)
+        except BaseException:
+            db.pool.give_back(lease)
+            raise
+        self._taken = lease
+        db._state.bind(lease)
+        return None
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        lease, self._taken = self._taken, None
+        if lease is None:
+            super().__exit__(exc_type, exc, tb)
+            return
+        self.db._state.bind(None)
+        self.db.pool.give_back(lease)

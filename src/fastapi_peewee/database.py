@@ -1,0 +1,426 @@
+"""`Database`: what every database from `connect()` has beyond Peewee's.
+
+A pool, `run` and the other `async` methods. What differs between databases is in `backends`;
+nothing here knows of FastAPI.
+"""
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import islice
+from threading import get_ident
+from typing import Any, ParamSpec, TypeVar
+
+import peewee
+
+from .blocks import Atomic, LeaseContext, Savepoint, Transaction
+from .calls import Call, result_of, run_follow_ups
+from .pool import Pool, PoolStats
+from .state import Lease, PeeweeConnectionState, allow_sync, translate_driver_errors
+from .verbs import AsyncModel
+
+logger = logging.getLogger("fastapi_peewee")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Database(peewee.Database):
+    """What `connect()` returns: a Peewee database for threads and tasks alike.
+
+    All of Peewee works on it. Beyond Peewee it has `run` and the other `async` methods,
+    `async with` on its blocks, and a pool.
+    """
+
+    pool: Pool
+
+    def __init__(
+        self,
+        database: str,
+        *args: Any,
+        pool_size: int = 10,
+        timeout: float = 10.0,
+        max_waiting: int = 1000,
+        max_lifetime: float = 3600.0,
+        **kwargs: Any,
+    ) -> None:
+        # `thread_safe=False` keeps Peewee from making the one lock that it holds through every
+        # handshake. Nothing here needs it: the state below is never shared between threads.
+        super().__init__(database, *args, **{**kwargs, "thread_safe": False})
+        self.thread_safe = True
+        self._state = PeeweeConnectionState()
+        self.pool = Pool(
+            self,
+            size=pool_size,
+            timeout=timeout,
+            max_waiting=max_waiting,
+            max_lifetime=max_lifetime,
+        )
+
+    def init(self, database: str, **kwargs: Any) -> None:
+        super().init(database, **kwargs)
+        if hasattr(self, "pool"):
+            self.pool.renew()
+
+    # Peewee's blocks, with an async side.
+
+    def atomic(self, *args: Any, **kwargs: Any) -> Atomic:
+        """A transaction or, inside of one, a savepoint; for `with`, `async with` and `@`.
+
+        Args:
+            isolation_level: "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ" or
+                "SERIALIZABLE"; None for the database's default. SQLite is always serializable.
+            read_only: refuse to write. On SQLite it also doesn't take the write lock, which other
+                transactions take when they begin.
+
+        Both are for the outermost block; a savepoint ignores them, as Peewee does.
+        """
+        return Atomic(self, *args, **kwargs)
+
+    def transaction(self, *args: Any, **kwargs: Any) -> Transaction:
+        return Transaction(self, *args, **kwargs)
+
+    def savepoint(self) -> Savepoint:
+        return Savepoint(self)
+
+    def connection_context(self) -> LeaseContext:
+        return LeaseContext(self)
+
+    def __enter__(self) -> "Database":
+        taken = self.connection_context() if self._state.homeless else None
+        if taken is not None:
+            taken.__enter__()
+        try:
+            super().__enter__()
+        except BaseException as error:
+            if taken is not None:
+                taken.__exit__(type(error), error, None)
+            raise
+        self._state.ctx[-1].taken = taken
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        taken = self._state.ctx[-1].taken
+        try:
+            super().__exit__(*exc)
+        finally:
+            if taken is not None:
+                taken.__exit__(*exc)
+
+    async def __aenter__(self) -> "Database":
+        context = self.connection_context()
+        await context.__aenter__()
+        self._state.ctx.append(context)
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._state.ctx.pop().__aexit__(*exc)
+
+    def after_commit(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """Have `fn` called once the transaction is committed; at once if there is none.
+
+        Args:
+            fn: takes no arguments. A plain function runs in the thread that has committed, an
+                `async` one on the event loop, once the connection has been given back. All of
+                them run, in this order; one that raises is logged and harms no other. Those
+                registered in a savepoint that is rolled back are dropped.
+
+        Raises:
+            ValueError: `fn` is `async`, but no event loop awaits this code.
+        """
+        if _is_async(fn):
+            lease = self._state.lease()
+            if lease is None or lease.root.follow_ups is None:
+                raise ValueError(
+                    "An async after_commit callback needs an event loop to await it: use it in "
+                    "code that runs under `db.run(…)`, `async with db.atomic():` or a request."
+                )
+            if not self.in_transaction():
+                lease.root.follow_ups.append(fn)
+                return fn
+        super().after_commit(fn)
+        return fn
+
+    def _run_commit_callbacks(self) -> None:
+        callbacks = self._state.commit_callbacks
+        todo, callbacks[:] = list(callbacks), []
+        for fn in todo:
+            if _is_async(fn):
+                self._state.lease().root.follow_ups.append(fn)  # type: ignore[union-attr]
+                continue
+            try:
+                fn()
+            except Exception:
+                logger.exception("An after_commit callback failed; its transaction is committed.")
+
+    # Connections outside of leases: one a thread, as Peewee has it.
+
+    def connect(self, reuse_if_open: bool = False) -> bool:
+        if not self._state.closed:
+            if reuse_if_open:
+                return False
+            raise peewee.OperationalError("Connection already opened.")
+        self._state.guard()
+        self._state.set_connection(self.open_connection())
+        return True
+
+    def close(self) -> bool:
+        """Close this thread's connection. A lease is left to whoever took it: returns False."""
+        if self._state.lease() is not None or self._state.homeless:
+            return False
+        return bool(super().close())
+
+    def connection(self) -> Any:
+        conn = super().connection()
+        lease = self._state.lease()
+        if lease is not None:
+            lease.root.tainted = True  # what is done with it, nobody sees
+        return conn
+
+    def close_if_dead(self) -> None:
+        """Close this thread's connection if it is of no more use. Leases are the pool's."""
+        if self._state.lease() is None and not self._state.closed:
+            conn = self._state.conn
+            if not self.is_open(conn):
+                self._state.reset()
+                self.close_connection(conn)
+
+    # Using a lease.
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        lease = self._state.lease()
+        if lease is None:
+            return super().execute_sql(sql, params)
+        if changes_session(sql):
+            lease.root.tainted = True
+        if lease.owner == get_ident():
+            return super().execute_sql(sql, params)
+        turn = self.take_turn()
+        try:
+            return super().execute_sql(sql, params)
+        finally:
+            if turn is not None:
+                turn.give_turn()
+
+    def take_turn(self) -> Lease | None:
+        """Wait until this thread may use the lease in force; None if it may already.
+
+        The caller gives the turn of the returned lease back.
+        """
+        lease = self._state.lease()
+        if lease is None or lease.owner == get_ident():
+            return None
+        self._state.guard()
+        lease.take_turn_blocking(self.pool.timeout)
+        try:
+            self.pool.connect(lease.root)
+        except BaseException:
+            lease.give_turn()
+            raise
+        lease.owner = get_ident()
+        return lease
+
+    async def begin_lease(self) -> Lease:
+        """A new lease or, under one, a nested lease that holds the turn of the one around it.
+
+        The caller owes one `end_lease()`, in a thread.
+        """
+        parent = self._state.lease()
+        if parent is None:
+            return await self.pool.acquire()
+        await parent.take_turn(self.pool.timeout)
+        return Lease(parent=parent)
+
+    def end_lease(self, lease: Lease) -> None:
+        if lease.parent is None:
+            self.pool.give_back(lease)
+            return
+        lease.ended = True
+        lease.turn.release()
+        lease.parent.give_turn()
+
+    async def call(self, fn: Callable[[], Any], then: Callable[[Any], Any] | None = None) -> Any:
+        """`then(fn())` in a worker thread, of which only `fn` holds a connection."""
+        lease = self._state.lease()
+        if lease is None:
+            lease = await self.pool.acquire()
+            release: Callable[[Lease], None] = self.pool.give_back
+        else:
+            await lease.take_turn(self.pool.timeout)
+            release = Lease.give_turn
+        try:
+            return await result_of(Call(self.pool, self._state, lease, fn, release, then))
+        finally:
+            await run_follow_ups(lease)
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run synchronous Peewee code from `async def`: `await db.run(crud.get_user, 7)`.
+
+        It runs in a worker thread, with a connection of its own that it holds until it returns;
+        inside `async with db.atomic():` with that block's connection, as part of it. Calls of
+        sibling tasks inside one block run one at a time.
+
+        If the task is cancelled, `CancelledError` is raised once the thread has finished.
+
+        Returns what `fn` returns. A query executed but not yet read is read to its end.
+
+        Raises:
+            PoolTimeout, TooManyWaiting, PoolClosed: no connection was to be had.
+            DatabaseUnavailable: the database could not be reached.
+            LeaseEnded: the block that this task was started in is over.
+            TurnTimeout: another task has used the block's connection for too long.
+            TypeError: `fn` is an `async def` function.
+        """
+        if _is_async(fn):
+            raise TypeError(
+                f"db.run() takes a synchronous function, but {fn!r} is `async def`. Await it "
+                "directly; inside, use `await db.run(…)` for its queries."
+            )
+        return await self.call(partial(fn, *args, **kwargs))
+
+    # The names of playhouse.pwasyncio.
+
+    async def aexecute_sql(self, sql: str, params: Any = None) -> Any:
+        """Run a statement; returns all its rows as a list of tuples."""
+        return await self.run(lambda: _rows(self.execute_sql(sql, params)))
+
+    async def aexecute(self, query: Any) -> Any:
+        query.bind(self)
+        return await self.run(query.execute)
+
+    async def get(self, query: Any) -> Any:
+        query.bind(self)
+        return await self.run(query.get)
+
+    async def first(self, query: Any, n: int = 1) -> Any:
+        query.bind(self)
+        return await self.run(query.first, n=n)
+
+    async def list(self, query: Any) -> list[Any]:
+        query.bind(self)
+        return await self.run(list, query)
+
+    async def scalar(self, query: Any) -> Any:
+        query.bind(self)
+        return await self.run(query.scalar)
+
+    async def count(self, query: Any) -> int:
+        query.bind(self)
+        return await self.run(query.count)
+
+    async def exists(self, query: Any) -> bool:
+        query.bind(self)
+        return await self.run(query.exists)
+
+    async def aprefetch(self, query: Any, *subqueries: Any) -> Any:
+        query.bind(self)
+        return await self.run(peewee.prefetch, query, *subqueries)
+
+    async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncIterator[Any]:
+        """Yield a query's rows, `buffer_size` at a time, from a read-only transaction.
+
+        It holds a connection until it is exhausted or closed: leave the loop early only with
+        `contextlib.aclosing`.
+        """
+        query.bind(self)
+        async with self.atomic():
+            rows = await self.run(self.open_rows, query)
+            while chunk := await self.run(list, islice(rows, buffer_size)):
+                for row in chunk:
+                    yield row
+
+    def open_rows(self, query: Any) -> Any:
+        """An iterator over a query's rows that doesn't keep those it has passed."""
+        return iter(query.iterator(self))
+
+    async def acreate_tables(self, *args: Any, **kwargs: Any) -> None:
+        await self.run(self.create_tables, *args, **kwargs)
+
+    async def adrop_tables(self, *args: Any, **kwargs: Any) -> None:
+        await self.run(self.drop_tables, *args, **kwargs)
+
+    async def close_pool(self, grace: float = 10.0) -> bool:
+        """Wait at most `grace` seconds for connections in use, and close them all.
+
+        Those who wait for one get `PoolClosed`. Returns whether all came back in time; the others
+        are closed when they do. Using the database afterwards opens the pool again.
+        """
+        return await self.pool.drain(grace)
+
+    @property
+    def pool_stats(self) -> PoolStats:
+        return self.pool.stats
+
+    def allow_sync(self) -> AbstractContextManager[None]:
+        """`with db.allow_sync():` permits synchronous queries on the event loop: for notebooks."""
+        return allow_sync()
+
+    @property
+    def Model(self) -> type[AsyncModel]:  # noqa: N802 (Peewee's name)
+        if not hasattr(self, "_Model"):
+            meta = type("Meta", (), {"database": self})
+            self._Model = type("BaseModel", (AsyncModel,), {"Meta": meta})
+        return self._Model
+
+    # What the pool asks for.
+
+    def open_connection(self) -> Any:
+        if self.deferred:
+            raise peewee.InterfaceError("The database must be initialised before it is opened.")
+        with translate_driver_errors:
+            conn = self._connect()
+            try:
+                if self.server_version is None:
+                    self._set_server_version(conn)
+                self._initialize_connection(conn)
+            except BaseException:
+                conn.close()
+                raise
+        return conn
+
+    def close_connection(self, conn: Any) -> None:
+        conn.close()
+
+    def is_open(self, conn: Any) -> bool:
+        """Whether the driver believes that the connection is alive; asks nobody."""
+        raise NotImplementedError
+
+    def is_alive(self, conn: Any) -> bool:
+        raise NotImplementedError
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        raise NotImplementedError
+
+
+# Statements that leave the session as it was. Everything else taints it: SET, LISTEN, CREATE
+# TEMPORARY TABLE, PRAGMA, ATTACH, LOCK, …; and so do functions that set or lock something.
+_HARMLESS = re.compile(
+    r"\(?(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH|VALUES|EXPLAIN|SAVEPOINT|RELEASE|ROLLBACK|"
+    r"COMMIT|BEGIN|SET (LOCAL|TRANSACTION)|CREATE (UNIQUE |FULLTEXT )?(TABLE|INDEX)|"
+    r"ALTER TABLE|DROP (TABLE|INDEX)|TRUNCATE|PRAGMA query_only)\b"
+)
+_SETTING = re.compile(
+    r"\b(set_config|\w*advisory\w*lock\w*|get_lock|into\s+temp(orary)?)\b|@\w+\s*:?=", re.IGNORECASE
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def changes_session(sql: str) -> bool:
+    """Whether a statement may leave something in the session for its next user to find."""
+    return _HARMLESS.match(sql) is None or _SETTING.search(sql) is not None
+
+
+def _is_async(fn: Any) -> bool:
+    while isinstance(fn, partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(fn, "__call__", None)  # noqa: B004
+    )
+
+
+def _rows(cursor: Any) -> list[Any]:
+    return cursor.fetchall() if cursor.description else []

@@ -1,0 +1,94 @@
+"""The errors of fastapi-peewee. Each is also one of Peewee's, so that `except peewee.…` keeps
+working. Nothing else of the package may be imported here.
+"""
+
+import peewee
+
+
+class PoolError(peewee.OperationalError):
+    """The pool could not give out a connection. Over HTTP: 503 with `Retry-After`."""
+
+
+class PoolTimeout(PoolError):
+    """No connection became free within the pool's `timeout`."""
+
+
+class TooManyWaiting(PoolError):
+    """`max_waiting` callers wait for a connection already; this one was refused at once."""
+
+
+class PoolClosed(PoolError):
+    """The pool is being closed; it gives out no more connections."""
+
+
+class DatabaseUnavailable(PoolError):
+    """The database could not be reached: a connection attempt failed."""
+
+
+class LeaseError(peewee.InterfaceError):
+    """A connection was used where none may be used. A programming error; over HTTP: 500."""
+
+
+class NoLease(LeaseError):
+    """A query ran in a request without a connection of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A query ran in a request, in a place that holds no database connection. "
+            "In a `def` endpoint, give its router `route_class=PeeweeRoute`; in a dependency, add "
+            "`Depends(get_db)`; in `async def`, a stream or a background task, call "
+            "`await db.run(fn, …)` or enter `async with db.atomic():`; in a thread of your own, "
+            "enter `with db.connection_context():`."
+        )
+
+
+class LeaseEnded(LeaseError):
+    """A task, thread or generator used a connection that had been given back."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The connection (or transaction) that this code inherited has been given back. "
+            "Most likely a task, a thread or a generator was started inside `async with "
+            "db.atomic():`, `db.run(…)` or a request and outlived it: wait for it inside the "
+            "block, or start it outside."
+        )
+
+
+class LeaseForked(LeaseError):
+    """A connection opened before `os.fork()` was used in the child process."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This connection belongs to the parent process. After a fork, leave the inherited "
+            "block and begin a new one: sharing one socket between processes corrupts both."
+        )
+
+
+class TurnTimeout(LeaseError):
+    """A connection's other user did not finish within the pool's `timeout`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"Waited {seconds:g} s for another task or thread that uses the same connection. "
+            "Within one transaction, calls run one at a time, and a nested block keeps its "
+            "siblings out until it ends: a task made before a nested block and awaited inside it "
+            "waits for ever. Await it outside the nested block, or make it inside."
+        )
+
+
+class BlockingQuery(LeaseError):
+    """A synchronous query ran on the event loop, where it would stop every other request."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A synchronous query ran in `async def` code. It would block the event loop, and so "
+            "every other request, until the database answers. Use `await db.run(fn, …)`, an async "
+            "method (`await User.aget(…)`, `await query.aexecute()`, `await db.list(query)`), or a "
+            "`def` endpoint. A query that was returned unexecuted runs where it is iterated: make "
+            "a list of it inside the function given to `db.run`. In a notebook: "
+            "`with db.allow_sync():`."
+        )
+
+
+class BlockingQueryWarning(RuntimeWarning):
+    """As `BlockingQuery`, outside of requests, where blocking is unwise but harms no one."""

@@ -1,0 +1,230 @@
+"""Database errors as HTTP responses: a status and a stable body, and nothing of the database's.
+
+What kind of error it is tell the codes of driver and server, never the words of a message.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import peewee
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from .exceptions import LeaseError, PoolError
+
+#: Seconds after which a client is asked to try again.
+RETRY_AFTER = 1
+
+Kind = Literal["unique", "reference", "check", "missing", "data", "busy", "unavailable", "full"]
+
+_MESSAGES: dict[str, str] = {
+    "unique": "A record with this value exists already",
+    "reference": "The record that this refers to doesn't exist, or others refer to this one",
+    "check": "The value isn't allowed",
+    "missing": "A value is required",
+    "data": "The value is too long or out of range",
+}
+
+
+class ErrorDetail(BaseModel):
+    """The body of 404, 503 and 507."""
+
+    detail: str
+
+
+class FieldError(BaseModel):
+    """One of the errors of 409 and 422, in the form of FastAPI's own."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class FieldErrors(BaseModel):
+    """The body of 409."""
+
+    detail: list[FieldError]
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+UNAVAILABLE: Responses = {
+    503: {"description": "Database unavailable or busy; see Retry-After", "model": ErrorDetail}
+}
+NOT_FOUND: Responses = {404: {"description": "Not found", "model": ErrorDetail}}
+CONFLICT: Responses = {409: {"description": "Conflict", "model": FieldErrors}}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have `app` answer Peewee's errors, except those it handles already."""
+    for error, handler in (
+        (peewee.DoesNotExist, does_not_exist),
+        (peewee.IntegrityError, refused_value),
+        (peewee.DataError, refused_value),
+        (peewee.OperationalError, operational_error),
+        (peewee.InterfaceError, operational_error),
+    ):
+        app.exception_handlers.setdefault(error, handler)
+
+
+async def does_not_exist(request: Request, error: Exception) -> JSONResponse:
+    """404, naming the model: `User.get_by_id(…)` found no row."""
+    name = type(error).__name__.removesuffix("DoesNotExist")
+    return JSONResponse({"detail": f"{name} not found" if name else "Not found"}, 404)
+
+
+async def refused_value(request: Request, error: Exception) -> JSONResponse:
+    """409 or 422, naming the field: the database refused a value."""
+    kind = kind_of(error)
+    if kind not in _MESSAGES:
+        raise error
+    places = [[_source(request, name), name] for name in _fields(error, kind)] or [["body"]]
+    details = [{"type": kind, "loc": place, "msg": _MESSAGES[kind]} for place in places]
+    return JSONResponse({"detail": details}, 409 if kind == "unique" else 422)
+
+
+def _source(request: Request, name: str) -> str:
+    if name in request.path_params:
+        return "path"
+    return "query" if name in request.query_params else "body"
+
+
+async def operational_error(request: Request, error: Exception) -> JSONResponse:
+    """503 with Retry-After, or 507: the database is away, busy or full."""
+    kind = "unavailable" if isinstance(error, PoolError) else kind_of(error)
+    if isinstance(error, LeaseError) or kind not in ("busy", "unavailable", "full"):
+        raise error
+    if kind == "full":
+        return JSONResponse({"detail": "database full"}, 507)
+    return JSONResponse(
+        {"detail": f"database {kind}"}, 503, headers={"Retry-After": str(RETRY_AFTER)}
+    )
+
+
+# What drivers and servers report. PostgreSQL: appendix A of its manual, by class or by code.
+# SQLite: sqlite.org/rescode.html. MySQL and MariaDB: their server and client error references.
+_SQLSTATE: dict[str, Kind] = {
+    "23505": "unique",
+    "23P01": "unique",
+    "23503": "reference",
+    "23514": "check",
+    "23502": "missing",
+    "22": "data",
+    "40": "busy",
+    "55P03": "busy",
+    "08": "unavailable",
+    "57P": "unavailable",
+    "53300": "unavailable",
+    "53100": "full",
+}
+_SQLITE: dict[int, Kind] = {
+    2067: "unique",
+    1555: "unique",
+    2579: "unique",
+    787: "reference",
+    275: "check",
+    1299: "missing",
+    5: "busy",
+    6: "busy",
+    13: "full",
+    10: "unavailable",
+    14: "unavailable",
+}
+_MYSQL: dict[int, Kind] = {
+    **dict.fromkeys((1062, 1586), "unique"),
+    **dict.fromkeys((1216, 1217, 1451, 1452), "reference"),
+    **dict.fromkeys((3819, 4025), "check"),
+    **dict.fromkeys((1048, 1364), "missing"),
+    **dict.fromkeys((1264, 1265, 1292, 1366, 1406), "data"),
+    **dict.fromkeys((1205, 1213, 3572), "busy"),
+    **dict.fromkeys((0, 1040, 1053, 1927, 2002, 2003, 2006, 2013, 2055), "unavailable"),
+    **dict.fromkeys((3, 1021, 1114), "full"),
+}
+
+
+def kind_of(error: Exception) -> Kind | None:
+    """What happened, in a word; None if it is a mistake of the program."""
+    cause = _driver_error(error)
+    if hasattr(cause, "sqlite_errorcode"):
+        code: int = cause.sqlite_errorcode
+        return _SQLITE.get(code) or _SQLITE.get(code & 0xFF)
+    if hasattr(cause, "sqlstate"):
+        state: str | None = cause.sqlstate
+        if state is None:  # libpq reports a lost connection without one
+            return "unavailable" if isinstance(error, peewee.OperationalError) else None
+        return next((_SQLSTATE[part] for n in (5, 3, 2) if (part := state[:n]) in _SQLSTATE), None)
+    if type(cause).__module__.startswith("pymysql") and cause.args:
+        return _MYSQL.get(cause.args[0])
+    return None
+
+
+def _driver_error(error: BaseException) -> Any:
+    return getattr(error, "orig", None) or error  # where Peewee's own error keeps the driver's
+
+
+def _fields(error: Exception, kind: str) -> Iterator[str]:
+    """The names, as the API has them, of the fields that a refused value was for."""
+    cause = _driver_error(error)
+    table: str | None = None
+    columns: list[str] = []
+    if hasattr(cause, "diag"):
+        table, constraint = cause.diag.table_name, cause.diag.constraint_name
+        if cause.diag.column_name:
+            columns = [cause.diag.column_name]
+        elif table and constraint:
+            columns = _constrained(table, constraint)
+    elif hasattr(cause, "sqlite_errorcode"):
+        # "… failed: user.email, user.name": SQLite has no other form, and no translations.
+        places = str(cause).rpartition(": ")[2].split(", ")
+        pairs = [place.split(".") for place in places if place.count(".") == 1]
+        if pairs:
+            table, columns = pairs[0][0], [column for _, column in pairs]
+    elif len(cause.args) > 1:
+        message = str(cause.args[1])
+        if kind == "unique":  # the key's name comes last, with or without its table's
+            key = re.findall(r"'([^']*)'", message)[-1:]
+            for name in key:
+                table, _, index = name.rpartition(".")
+                columns = _constrained(table, index)
+        elif kind == "reference":
+            columns = re.findall(r"FOREIGN KEY \(`([^`]*)`\)", message)
+        else:
+            columns = re.findall(r"'([^']*)'", message)[:1]
+    for column in columns:
+        yield _api_name(table, column)
+
+
+def _models(table: str | None) -> Iterator[Any]:
+    """The models of a table; of all tables if the driver doesn't say which."""
+    todo = list(peewee.Model.__subclasses__())
+    while todo:
+        model = todo.pop()
+        todo += model.__subclasses__()
+        if not table or model._meta.table_name == table:
+            yield model
+
+
+def _constrained(table: str, constraint: str) -> list[str]:
+    for model in _models(table):
+        meta = model._meta
+        if constraint in (f"{meta.table_name}_pkey", "PRIMARY") and table:
+            return [field.column_name for field in model._meta.get_primary_keys()]
+        for index in meta.fields_to_index():
+            if getattr(index, "_name", None) == constraint:
+                return [f.column_name for f in index._expressions if isinstance(f, peewee.Field)]
+        for field in meta.refs:
+            if constraint in (field.constraint_name, f"{table}_{field.column_name}_fkey"):
+                return [field.column_name]
+    return []
+
+
+def _api_name(table: str | None, column: str) -> str:
+    for model in _models(table):
+        field = model._meta.columns.get(column)
+        if isinstance(field, peewee.ForeignKeyField):
+            return str(field.object_id_name)
+        if field is not None:
+            return str(field.name)
+    return column

@@ -1,0 +1,269 @@
+"""`Peewee(db).init_app(app)`: what a database needs of an application, and the dependencies.
+
+The middleware gives every request a scope, in which nothing is held until something asks for it.
+"""
+
+import inspect
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeAlias
+
+import peewee
+from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .blocks import leave
+from .calls import run_follow_ups
+from .database import Database
+from .handlers import UNAVAILABLE, add_handlers
+from .routing import PeeweeRoute
+from .state import Lease, PeeweeConnectionState, RequestScope, closed_state
+
+
+class Peewee:
+    """Connects a database to an application.
+
+    ::
+
+        app = FastAPI()
+        Peewee(db).init_app(app)      # before the routes
+
+    Args:
+        db: from `connect()`. A database (or initialised proxy) of Peewee's own works too: then
+            `Depends(get_db)` opens a connection for each request, as Peewee does it, and there
+            is no pool, no `async` side and no `PeeweeRoute`.
+        grace: seconds that shutdown waits for connections in use.
+    """
+
+    def __init__(self, db: Any, *, grace: float = 10.0) -> None:
+        if isinstance(db, peewee.Proxy):
+            db = db.obj
+        if not isinstance(db, peewee.Database):
+            raise TypeError(f"Peewee() takes a database, initialised if it is a proxy; got: {db!r}")
+        if not isinstance(db._state, PeeweeConnectionState):
+            db._state = PeeweeConnectionState()
+        self.db = db
+        self.grace = grace
+
+    def init_app(self, app: FastAPI) -> None:
+        """Add the middleware, the error handlers, the lifespan, and `PeeweeRoute`.
+
+        Call it before the routes are added: `PeeweeRoute` becomes the class of those that follow.
+        Routers choose it themselves: `APIRouter(route_class=PeeweeRoute)`. Plain routes work with
+        `Depends(get_db)` and the `async` methods.
+        """
+        if self._install(app) and app.router.lifespan_context != self.lifespan:
+            theirs = app.router.lifespan_context
+
+            @asynccontextmanager
+            async def both(app: FastAPI) -> AsyncIterator[Any]:
+                async with self.lifespan(app), theirs(app) as state:
+                    yield state
+
+            app.router.lifespan_context = both
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Closes the pool at shutdown. Also for `FastAPI(lifespan=Peewee(db).lifespan)`, which
+        does all that `init_app` does but one thing: routes name `PeeweeRoute` themselves.
+        """
+        if self._install(app):
+            app.middleware_stack = app.build_middleware_stack()
+        try:
+            yield
+        finally:
+            if isinstance(self.db, Database):
+                await self.db.close_pool(self.grace)
+
+    def _install(self, app: FastAPI) -> bool:
+        """Returns False if it has been done before."""
+        if any(m.kwargs.get("db") is self.db for m in app.user_middleware):
+            return False
+        started, app.middleware_stack = app.middleware_stack, None
+        app.add_middleware(PeeweeMiddleware, db=self.db)
+        app.middleware_stack = started
+        add_handlers(app)
+        if isinstance(self.db, Database):
+            app.router.route_class = PeeweeRoute
+            app.router.responses = {**UNAVAILABLE, **app.router.responses}
+        return True
+
+    async def get_db(self) -> Any:
+        """As the function `get_db`, for this database: for applications that have several."""
+        return await _hold(_scope(), self.db)
+
+
+class PeeweeMiddleware:
+    """Gives each request and websocket its scope, and takes back what it holds.
+
+    What `Depends(get_db)` took goes back before the first byte of the response is sent, or when a
+    websocket ends.
+    """
+
+    def __init__(self, app: ASGIApp, db: Any) -> None:
+        self.app = app
+        self.db = db
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        request: RequestScope | None = scope.get("fastapi_peewee")
+        if request is not None:  # a sub-application of one that has a middleware, too
+            request.databases.append(self.db)
+            await self._unbound(scope, receive, send)
+            return
+        request = scope["fastapi_peewee"] = RequestScope()
+        request.databases.append(self.db)
+        token = RequestScope.current.set(request)
+
+        async def send_free(message: Message) -> None:
+            if not request.response_started and message["type"] == "http.response.start":
+                await _before_response(request)
+            await send(message)
+
+        try:
+            await self._unbound(scope, receive, send_free)
+        finally:
+            RequestScope.current.reset(token)
+            await _release(request)
+
+    async def _unbound(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A request made inside of another, in one process, must not inherit its connection.
+        outer = self.db._state._state.get()
+        if outer is None:
+            await self.app(scope, receive, send)
+            return
+        self.db._state.bind(None)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.db._state.bind(outer)
+
+
+async def _before_response(request: RequestScope) -> None:
+    request.response_started = True
+    if request.transactions:
+        raise RuntimeError(
+            "A transaction would be committed after the response, so that a failing COMMIT could "
+            "no longer be reported. Use the alias `InTransaction`, or "
+            '`Depends(transaction, scope="function")`.'
+        )
+    await _release(request)
+
+
+async def _release(request: RequestScope) -> None:
+    while request.leases:
+        state, held = request.leases.popitem()
+        db = next(db for db in request.databases if db._state is state)
+        if isinstance(held, Lease):
+            await leave(db, held, lambda _: None)
+            await run_follow_ups(held)
+        else:
+            await run_in_threadpool(_close, db, held)
+
+
+def _close(db: Any, state: dict[str, Any]) -> None:
+    db._state._state.set(state)
+    while db.transaction_depth():
+        db.pop_transaction().rollback(False)
+    if not db.is_closed():
+        db.close()
+
+
+def _scope() -> RequestScope:
+    request = RequestScope.current.get()
+    if request is None:
+        raise RuntimeError(
+            "Database dependencies need `Peewee(db).init_app(app)` on the application."
+        )
+    return request
+
+
+def _only_database() -> Any:
+    databases = _scope().databases
+    if len(databases) > 1:
+        raise RuntimeError(
+            "This application has several databases. Say which one: with "
+            "`peewee = Peewee(db)`, `Depends(peewee.get_db)`."
+        )
+    return databases[0]
+
+
+async def _hold(request: RequestScope, db: Any) -> Any:
+    if db._state not in request.leases:
+        if isinstance(db, Database):
+            lease = await db.pool.acquire()
+            request.leases[db._state] = lease
+            lease.turn.release()
+        else:
+            request.leases[db._state] = closed_state()
+            await run_in_threadpool(db.connect)
+    return db
+
+
+async def get_db() -> Any:
+    """A dependency: hold one connection for this request, until its response starts.
+
+    ::
+
+        @app.get("/report", dependencies=[Depends(get_db)])
+
+    Everything in the request then uses that connection, one at a time: sync dependencies, the
+    endpoint, `db.run`, `db.atomic()`. Streams and background tasks, which come after the response
+    has started, take their own. In a websocket it is held until the socket is closed.
+
+    Returns the database.
+    """
+    return await _hold(_scope(), _only_database())
+
+
+async def reset_db_state() -> None:
+    """A dependency: forget the connection state that this request has inherited.
+
+    For applications in the style of FastAPI's former how-to, over a database of Peewee's own:
+    `def get_db(_=Depends(reset_db_state))` that connects, yields and closes. `get_db` above does
+    all of it.
+    """
+    db = _only_database()
+    if not isinstance(db, Database):
+        db._state._state.set(closed_state())
+
+
+async def transaction(connection: HTTPConnection) -> AsyncIterator[Database]:
+    """A dependency: run the whole request in a transaction, committed *before* the response.
+
+    ::
+
+        @app.post("/orders")
+        async def create(order: OrderIn, db: InTransaction): ...
+
+    An exception, also an `HTTPException` or a response that fails its validation, rolls back; a
+    returned response commits, whatever its status. It must have `scope="function"`, as
+    the alias `InTransaction` has: FastAPI ends other `yield` dependencies after the response.
+
+    Raises:
+        RuntimeError: the endpoint is a generator, whose body would run after the commit.
+    """
+    endpoint = connection.scope.get("endpoint")
+    if inspect.isgeneratorfunction(endpoint) or inspect.isasyncgenfunction(endpoint):
+        raise RuntimeError(
+            "A transaction dependency ends before the body of a generator endpoint begins. Enter "
+            "`async with db.atomic():` inside the generator."
+        )
+    request, db = _scope(), _only_database()
+    request.transactions += 1
+    try:
+        async with db.atomic():
+            yield db
+    finally:
+        request.transactions -= 1
+
+
+#: A parameter's type: the database, with one connection held for the request.
+ConnectedDb: TypeAlias = Annotated[Database, Depends(get_db)]
+
+#: A parameter's type: the database, in a transaction that is committed before the response.
+InTransaction: TypeAlias = Annotated[Database, Depends(transaction, scope="function")]

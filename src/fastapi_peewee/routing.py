@@ -1,0 +1,209 @@
+"""`PeeweeRoute`: a `def` endpoint as one call in one worker thread, everything else as FastAPI.
+
+FastAPI alone takes a `def` endpoint through two thread hops and more (the endpoint, the validation
+of what it returns, each sync dependency), none of which could share a connection. The names that
+FastAPI keeps private are imported here and nowhere else.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.datastructures import DefaultPlaceholder
+from fastapi.dependencies.models import (
+    _is_async_gen_callable,
+    _is_coroutine_callable,
+    _is_gen_callable,
+)
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import ResponseValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import (
+    APIRoute,
+    _effective_route_context_var,
+    _endpoint_context_cache,
+    _extract_endpoint_context,
+)
+from fastapi.telemetry._api import _run_sync_endpoint
+from starlette.background import BackgroundTask, BackgroundTasks
+
+from .handlers import CONFLICT, NOT_FOUND
+from .state import RequestScope
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+
+class PeeweeRoute(APIRoute):
+    """A route whose `def` endpoint runs with a database connection of its own.
+
+    ::
+
+        router = APIRouter(route_class=PeeweeRoute)
+
+    `Peewee(db).init_app(app)` makes it the class of the application's own routes. The endpoint and
+    the validation of what it returns (which may load relations) run in one worker thread under one
+    lease; the response is serialised there too, after the lease has been given back. Sync
+    background tasks get a lease of their own. `async def` endpoints and generators are FastAPI's,
+    and so is a `def` endpoint marked with `@without_lease`.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
+        responses = dict(kwargs.pop("responses", None) or {})
+        if "{" in path:
+            responses = {**NOT_FOUND, **responses}
+        if set(kwargs.get("methods") or ()) & {"POST", "PUT", "PATCH", "DELETE"}:
+            responses = {**CONFLICT, **responses}
+        super().__init__(path, endpoint, responses=responses, **kwargs)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        # An included router's route is built once more for each inclusion, from this context.
+        route: Any = _effective_route_context_var.get()
+        if route is None or route.original_route is not self:
+            route = self
+        endpoint = route.dependant.call
+        if not _runs_in_thread(endpoint):
+            return _with_leased_background(super().get_route_handler())
+        dependant, field = route.dependant, route.response_field
+        route.dependant = copy.copy(dependant)
+        route.dependant.call = _in_one_hop(route, endpoint, field)
+        route.response_field = _OUTCOME
+        try:
+            handler = super().get_route_handler()
+        finally:
+            route.dependant, route.response_field = dependant, field
+        return _with_leased_background(handler)
+
+
+def without_lease(endpoint: Endpoint) -> Endpoint:
+    """Mark a `def` endpoint that needs no database: it runs as on a plain route.
+
+    It goes under the route's decorator::
+
+        @app.get("/health")
+        @without_lease
+        def health(): ...
+    """
+    endpoint._fastapi_peewee_lease = False  # type: ignore[attr-defined]
+    return endpoint
+
+
+def _runs_in_thread(endpoint: Any) -> bool:
+    return (
+        getattr(endpoint, "_fastapi_peewee_lease", True)
+        and not _is_coroutine_callable(endpoint)
+        and not _is_gen_callable(endpoint)
+        and not _is_async_gen_callable(endpoint)
+    )
+
+
+class _Outcome:
+    """What the thread made of a call: the response's body, or errors of validation."""
+
+    __slots__ = ("content", "errors", "returned")
+
+    def __init__(self, returned: Any, content: Any, errors: list[Any]) -> None:
+        self.returned = returned
+        self.content = content
+        self.errors = errors
+
+
+class _OutcomeField:
+    """Stands where FastAPI expects a response field, and hands over what is ready."""
+
+    def validate(self, value: Any, values: Any, *, loc: Any) -> tuple[Any, list[Any]]:
+        return value, value.errors
+
+    def serialize(self, value: Any, **options: Any) -> Any:
+        return value.content
+
+    serialize_json = serialize
+
+
+_OUTCOME = _OutcomeField()
+
+
+def _in_one_hop(
+    route: Any, endpoint: Callable[..., Any], field: Any
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    as_bytes = isinstance(route.response_class, DefaultPlaceholder)
+    options = {
+        "include": route.response_model_include,
+        "exclude": route.response_model_exclude,
+        "by_alias": route.response_model_by_alias,
+        "exclude_unset": route.response_model_exclude_unset,
+        "exclude_defaults": route.response_model_exclude_defaults,
+        "exclude_none": route.response_model_exclude_none,
+    }
+
+    def leased(values: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
+        returned = _run_sync_endpoint(function=endpoint, arguments=values)
+        if isinstance(returned, Response):
+            return returned, None, []
+        if field is None:
+            return returned, jsonable_encoder(returned), []
+        return returned, *field.validate(returned, {}, loc=("response",))
+
+    def serialised(outcome: tuple[Any, Any, list[Any]]) -> Any:
+        returned, value, errors = outcome
+        if isinstance(returned, Response):
+            return returned
+        if errors:
+            return _Outcome(returned, None, errors)
+        if field is not None:
+            serialize = field.serialize_json if as_bytes else field.serialize
+            value = serialize(value, **options)
+        elif as_bytes:
+            value = JSONResponse(value).body
+        return _Outcome(returned, value, [])
+
+    @functools.wraps(endpoint)
+    async def call(**values: Any) -> Any:
+        return await _database().call(partial(leased, values), serialised)
+
+    # FastAPI names the endpoint's file and line in its errors.
+    _endpoint_context_cache[id(call)] = _extract_endpoint_context(endpoint)
+    return call
+
+
+def _database() -> Any:
+    request = RequestScope.current.get()
+    if request is None:
+        raise RuntimeError(
+            "PeeweeRoute needs `Peewee(db).init_app(app)` on the application that serves it."
+        )
+    return request.databases[-1]
+
+
+def _with_leased_background(
+    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def handle(request: Request) -> Response:
+        try:
+            response = await handler(request)
+        except ResponseValidationError as error:
+            if isinstance(error.body, _Outcome):
+                error.body = error.body.returned
+            raise
+        background = response.background
+        if background is not None:
+            tasks = background.tasks if isinstance(background, BackgroundTasks) else [background]
+            for task in tasks:
+                _lease(task)
+        return response
+
+    return handle
+
+
+def _lease(task: BackgroundTask) -> None:
+    fn = task.func
+    if task.is_async or not hasattr(task, "func"):
+        return
+
+    @functools.wraps(fn)
+    async def leased(*args: Any, **kwargs: Any) -> None:
+        await _database().run(fn, *args, **kwargs)
+
+    task.func, task.is_async = leased, True

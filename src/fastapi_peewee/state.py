@@ -1,0 +1,332 @@
+"""Where Peewee finds its connection: in the context, else in the request, else in the thread.
+
+Peewee keeps connection and transaction state in `db._state`. This file replaces that object, and
+is the only one that uses names that Peewee keeps private. It knows nothing of pools or FastAPI.
+"""
+
+import os
+import threading
+import warnings
+import weakref
+from asyncio.events import _get_running_loop
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from sys import _getframe
+from typing import Any
+
+import peewee
+from peewee import (
+    ConnectionContext,
+    CursorWrapper,
+    __exception_wrapper__,
+    _atomic,
+    _ConnectionState,
+    _savepoint,
+    _transaction,
+)
+
+from .exceptions import (
+    BlockingQuery,
+    BlockingQueryWarning,
+    LeaseEnded,
+    LeaseForked,
+    NoLease,
+    TurnTimeout,
+)
+from .gate import Gate
+
+__all__ = [
+    "ConnectionContext",
+    "CursorWrapper",
+    "Lease",
+    "PeeweeConnectionState",
+    "RequestScope",
+    "_atomic",
+    "_savepoint",
+    "_transaction",
+    "allow_sync",
+    "closed_state",
+    "translate_driver_errors",
+]
+
+#: Peewee's own translation of a driver's exceptions into `peewee.…Error`, a context manager.
+translate_driver_errors = __exception_wrapper__
+
+_generation = 0  # how many forks lie between this process and the one that imported us
+_inherited: list[Any] = []  # a parent's connections: kept, since closing one would end the parent's
+_sync_allowed: ContextVar[bool] = ContextVar("fastapi_peewee_sync_allowed", default=False)
+
+
+def _forked() -> None:
+    global _generation
+    _generation += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def closed_state() -> dict[str, Any]:
+    """Peewee's state of a connection that isn't open."""
+    return {"closed": True, "conn": None, "ctx": [], "transactions": [], "commit_callbacks": []}
+
+
+class Lease:
+    """One pooled connection, or one transaction block on it, bound to a context.
+
+    Everyone whose context holds the lease shares it, one at a time: who has the `turn` may use
+    the connection. A nested block is a lease of its own over the same connection, which holds its
+    parent's turn until it ends.
+
+    Attributes:
+        state: Peewee's state of the connection; the same dictionary in a nested lease.
+        turn: a gate with one slot; the maker of a lease has the first turn.
+        owner: the thread that has the turn for a running call or block, as `get_ident()` has it.
+        parent: the lease that this one is nested in, or None.
+        root: the outermost of them, which is what the pool gave out; the rest is of the root only.
+        slot: the pool's gate, to which the slot goes back.
+        held: the pool's record of the connection; None before the first call.
+        tainted: the session may have been changed; reset before the next user.
+        cursors: SQLite's open cursors, each of which keeps the connection on an old snapshot.
+        follow_ups: `async` callbacks of committed transactions, to be awaited on the event loop;
+            None where there is none.
+        closing: its block is being left; the one whose turn it is finishes, newcomers are refused.
+        ended: given back; whoever still comes with it gets an error.
+    """
+
+    __slots__ = (
+        "closing",
+        "cursors",
+        "ended",
+        "follow_ups",
+        "generation",
+        "held",
+        "owner",
+        "parent",
+        "root",
+        "slot",
+        "state",
+        "tainted",
+        "turn",
+    )
+
+    def __init__(self, *, slot: Gate | None = None, parent: "Lease | None" = None) -> None:
+        self.parent = parent
+        self.root: Lease
+        self.state: dict[str, Any]
+        self.turn = Gate(1, free=0)  # whoever makes the lease has the first turn
+        self.owner: int | None = None
+        self.closing = self.ended = False
+        self.generation = _generation
+        if parent is not None:
+            self.root, self.state = parent.root, parent.state
+            return
+        assert slot is not None
+        self.root = self
+        # `ctx` is never empty, so that `with db:` and `with db.connection_context():` inside a
+        # lease can't close its connection when they end.
+        self.state = {**closed_state(), "closed": False, "ctx": [self]}
+        self.slot = slot
+        self.held: Any = None
+        self.tainted = False
+        self.cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it was made before a fork, in the parent process."""
+        return self.generation != _generation
+
+    def check(self) -> None:
+        """Raise unless this lease, and every one it is nested in, is still usable here."""
+        lease: Lease | None = self
+        while lease is not None:
+            if lease.ended:
+                raise LeaseEnded
+            lease = lease.parent
+        if self.foreign:
+            raise LeaseForked
+
+    async def take_turn(self, timeout: float) -> None:
+        if not await self.turn.acquire(timeout):
+            raise TurnTimeout(timeout)
+        self._check_turn()
+
+    def take_turn_blocking(self, timeout: float) -> None:
+        if not self.turn.acquire_blocking(timeout):
+            raise TurnTimeout(timeout)
+        self._check_turn()
+
+    def _check_turn(self) -> None:
+        try:
+            self.check()  # it may have ended while we waited
+            if self.closing:
+                raise LeaseEnded
+        except BaseException:
+            self.turn.release()
+            raise
+
+    def give_turn(self) -> None:
+        self.owner = None
+        self.turn.release()
+
+
+class RequestScope:
+    """What one request (or websocket) holds: set by the middleware, seen by all of the request.
+
+    It is mutable on purpose: a dependency that FastAPI runs in a thread, with a copy of the
+    context, must be able to leave a lease for the endpoint, which runs with another copy.
+    """
+
+    __slots__ = ("databases", "leases", "response_started", "transactions")
+
+    current: "ContextVar[RequestScope | None]" = ContextVar("fastapi_peewee_request", default=None)
+
+    def __init__(self) -> None:
+        #: Those whose applications this request has passed through, outermost first.
+        self.databases: list[Any] = []
+        #: What `Depends(get_db)` left: a lease or, for a database of Peewee's own, its state.
+        self.leases: dict[PeeweeConnectionState, Lease | dict[str, Any]] = {}
+        #: How many transaction dependencies are open.
+        self.transactions = 0
+        self.response_started = False
+
+
+class PeeweeConnectionState(_ConnectionState):
+    """A replacement for `db._state` of any Peewee database, correct across threads and tasks.
+
+    Databases made by `fastapi_peewee.connect()` have one. For any other Peewee database (plain or
+    pooled, SQLite, PostgreSQL or MySQL) assign it as soon as the database is made::
+
+        db = peewee.SqliteDatabase("test.db", check_same_thread=False)
+        db._state = PeeweeConnectionState()
+
+    The connection is looked for in this order:
+
+    1. in the context variable `_state`: a lease, or a dictionary of Peewee's state that an async
+       dependency sets for each request (`db._state._state.set({…})`, then `db._state.reset()`);
+    2. in the request, where `Depends(get_db)` leaves a lease;
+    3. in the thread, as Peewee itself does it: scripts, shells, workers and tests.
+
+    In a request, the third is refused with `NoLease`: a thread serves many requests.
+    """
+
+    _state: ContextVar[Any]
+    _thread: threading.local
+
+    def __init__(self) -> None:
+        set_attribute = super().__setattr__
+        set_attribute("_state", ContextVar("fastapi_peewee_state", default=None))
+        set_attribute("_thread", threading.local())
+
+    def lease(self) -> Lease | None:
+        """The lease in force here, or None. Raises `LeaseEnded` or `LeaseForked` if it is over."""
+        bound = self._state.get()
+        if bound is None:
+            request = RequestScope.current.get()
+            bound = None if request is None else request.leases.get(self)
+        if isinstance(bound, Lease):
+            bound.check()
+            return bound
+        return None
+
+    def bind(self, bound: Lease | None) -> Token[Any]:
+        return self._state.set(bound)
+
+    @property
+    def homeless(self) -> bool:
+        """Whether this is a place in a request that holds no connection."""
+        if self._state.get() is not None:
+            return False
+        request = RequestScope.current.get()
+        return request is not None and self not in request.leases
+
+    def guard(self) -> None:
+        """Raise where no query may run.
+
+        Raises:
+            BlockingQuery: here it would block the event loop of a server.
+            NoLease: this is a place in a request that holds no connection.
+        """
+        self.guard_loop()
+        if self.homeless:
+            raise NoLease
+
+    def guard_loop(self) -> None:
+        """Refuse (in a request or under a lease) or warn (elsewhere) on a running event loop."""
+        if _get_running_loop() is not None and not _sync_allowed.get():
+            if self._state.get() is not None or RequestScope.current.get() is not None:
+                raise BlockingQuery
+            warnings.warn(
+                str(BlockingQuery()), BlockingQueryWarning, stacklevel=_distance_to_caller()
+            )
+
+    def reset(self) -> None:
+        if self.homeless:
+            # Peewee's `connect()` resets before it connects: refusing here leaks no connection.
+            raise NoLease
+        super().reset()
+
+    def _cell(self) -> dict[str, Any]:
+        bound = self._state.get()
+        if bound is None:
+            request = RequestScope.current.get()
+            if request is None:
+                return self._thread_cell()
+            bound = request.leases.get(self)
+            if bound is None:
+                return closed_state()
+        if isinstance(bound, Lease):
+            bound.check()
+            return bound.state
+        return bound
+
+    def _thread_cell(self) -> dict[str, Any]:
+        thread = self._thread
+        if getattr(thread, "generation", None) != _generation:
+            if hasattr(thread, "cell"):
+                _inherited.append(thread.cell)
+            thread.cell, thread.generation = closed_state(), _generation
+        return thread.cell
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for names that aren't found otherwise: of Peewee's state, all but `conn`.
+        try:
+            return self._cell()[name]
+        except KeyError:
+            raise AttributeError(f"Peewee's connection state has no attribute {name!r}.") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._cell()[name] = value
+
+    @property
+    def conn(self) -> Any:
+        """The connection, for use: hence the guard."""
+        self.guard()
+        return self._cell()["conn"]
+
+
+@contextmanager
+def allow_sync() -> Iterator[None]:
+    """Allow synchronous queries on the event loop inside the block: for notebooks and consoles."""
+    token = _sync_allowed.set(True)
+    try:
+        yield
+    finally:
+        _sync_allowed.reset(token)
+
+
+_PEEWEE = os.path.dirname(peewee.__file__)
+_NOT_THE_CALLER = (
+    os.path.dirname(__file__) + os.sep,
+    peewee.__file__,
+    os.path.join(_PEEWEE, "playhouse") + os.sep,
+)
+
+
+def _distance_to_caller() -> int:
+    """The `stacklevel` of the first frame that is neither ours nor Peewee's."""
+    frame, level = _getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,97 @@
+"""`await User.aget(…)` and the like: the names of `playhouse.pwasyncio`, thin calls of `db.run`."""
+
+from typing import TYPE_CHECKING, Any, Self
+
+import peewee
+
+if TYPE_CHECKING:
+    from .database import Database
+
+
+def _database(model: Any) -> "Database":
+    db: Any = model._meta.database
+    if isinstance(db, peewee.Proxy):
+        db = db.obj
+    if not hasattr(db, "run"):
+        raise peewee.InterfaceError(
+            f"{model._meta.name} is bound to {type(db).__name__}, which has no async methods. "
+            "Make the database with `fastapi_peewee.connect(url)`."
+        )
+    return db
+
+
+async def _run(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    return await _database(model).run(getattr(model, method), *args, **kwargs)
+
+
+class AsyncModelMixin:
+    """Adds the async methods to a model class of your own; `db.Model` has them.
+
+    Each takes the arguments of the method without the leading `a`, returns and raises the same.
+    """
+
+    if TYPE_CHECKING:
+        _meta: Any
+        __rel__: dict[str, Any]
+
+    @classmethod
+    async def acreate(cls, **query: Any) -> Self:
+        return await _run(cls, "create", **query)
+
+    @classmethod
+    async def aget(cls, *query: Any, **filters: Any) -> Self:
+        return await _run(cls, "get", *query, **filters)
+
+    @classmethod
+    async def aget_or_none(cls, *query: Any, **filters: Any) -> Self | None:
+        return await _run(cls, "get_or_none", *query, **filters)
+
+    @classmethod
+    async def aget_by_id(cls, pk: Any) -> Self:
+        return await _run(cls, "get_by_id", pk)
+
+    @classmethod
+    async def aget_or_create(cls, **kwargs: Any) -> tuple[Self, bool]:
+        return await _run(cls, "get_or_create", **kwargs)
+
+    @classmethod
+    async def aset_by_id(cls, key: Any, value: dict[Any, Any]) -> int:
+        return await _run(cls, "set_by_id", key, value)
+
+    @classmethod
+    async def adelete_by_id(cls, pk: Any) -> int:
+        return await _run(cls, "delete_by_id", pk)
+
+    @classmethod
+    async def abulk_create(cls, model_list: Any, batch_size: int | None = None) -> Any:
+        return await _run(cls, "bulk_create", model_list, batch_size)
+
+    @classmethod
+    async def abulk_update(cls, model_list: Any, fields: Any, batch_size: int | None = None) -> int:
+        return await _run(cls, "bulk_update", model_list, fields, batch_size)
+
+    async def asave(self, force_insert: bool = False, only: Any = None) -> Any:
+        return await _run(self, "save", force_insert, only)
+
+    async def adelete_instance(self, recursive: bool = False, delete_nullable: bool = False) -> int:
+        return await _run(self, "delete_instance", recursive, delete_nullable)
+
+    async def afetch(self, field: Any) -> Any:
+        """The object that a foreign key refers to: `await item.afetch(Item.owner)`.
+
+        Raises:
+            ValueError: not a foreign key, or one with `lazy_load=False`.
+        """
+        if isinstance(field, str):
+            field = self._meta.combined[field]
+        if not isinstance(field, peewee.ForeignKeyField):
+            raise ValueError(f"afetch() takes a foreign-key field, got: {field!r}")
+        if field.name in self.__rel__:
+            return self.__rel__[field.name]
+        if not field.lazy_load:
+            raise ValueError(f"{field!r} is declared with lazy_load=False.")
+        return await _database(self).run(getattr, self, field.name)
+
+
+class AsyncModel(AsyncModelMixin, peewee.Model):
+    """Peewee's `Model` with the async methods."""

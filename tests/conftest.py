@@ -1,0 +1,21 @@
+"""What every test can ask for."""
+
+import pytest
+from hypothesis import settings
+
+from tests.servers import database_url as database_url
+from tests.servers import mysql_database as mysql_database
+from tests.servers import mysql_url as mysql_url
+from tests.servers import postgres_database as postgres_database
+from tests.servers import postgres_url as postgres_url
+from tests.servers import sqlite_url as sqlite_url
+
+# An example that talks to a database takes as long as that takes.
+settings.register_profile("databases", deadline=None)
+settings.load_profile("databases")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """`async def` tests run on asyncio: FastAPI's users do, and trio is only here for Selenium."""
+    return "asyncio"

@@ -1,0 +1,262 @@
+"""The pool: which connection a lease gets, and what becomes of it. With a driver of our own."""
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fastapi_peewee import DatabaseUnavailable, PoolClosed, PoolTimeout, TooManyWaiting
+from fastapi_peewee.pool import CHECK_AFTER, Pool
+from fastapi_peewee.state import Lease
+
+LONG = 30.0
+
+
+@dataclass
+class Driver:
+    """Connections are numbers. `dead` fail their check, `dirty` can't be cleaned."""
+
+    opened: list[int] = field(default_factory=list)
+    closed: list[int] = field(default_factory=list)
+    checked: list[int] = field(default_factory=list)
+    cleaned: list[int] = field(default_factory=list)
+    dead: set[int] = field(default_factory=set)
+    dirty: set[int] = field(default_factory=set)
+    unreachable: bool = False
+
+    def open_connection(self) -> int:
+        if self.unreachable:
+            raise OSError("no route to host")
+        self.opened.append(len(self.opened))
+        return self.opened[-1]
+
+    def close_connection(self, conn: int) -> None:
+        self.closed.append(conn)
+
+    def is_alive(self, conn: int) -> bool:
+        self.checked.append(conn)
+        return conn not in self.dead
+
+    def clean(self, conn: int, lease: Lease) -> bool:
+        self.cleaned.append(conn)
+        if conn in self.dirty:
+            raise OSError("connection lost")
+        return not lease.tainted
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pool(driver: Driver, clock: Clock) -> Pool:
+    return Pool(driver, size=2, timeout=LONG, max_waiting=1, max_lifetime=60, clock=clock)
+
+
+def take(pool: Pool) -> Lease:
+    lease = pool.acquire_blocking()
+    try:
+        pool.connect(lease)
+    except BaseException:
+        pool.give_back(lease)
+        raise
+    return lease
+
+
+def test_nothing_is_opened_before_it_is_needed(pool: Pool, driver: Driver) -> None:
+    """A lease opens no connection until it is connected, and only one."""
+    lease = pool.acquire_blocking()
+    assert driver.opened == []
+    pool.connect(lease)
+    pool.connect(lease)
+    assert driver.opened == [0]
+    assert lease.state["conn"] == 0
+    pool.give_back(lease)
+
+
+def test_the_connection_used_last_is_used_next(pool: Pool, driver: Driver) -> None:
+    """An idle connection is reused, the most recently used one first."""
+    first, second = take(pool), take(pool)
+    pool.give_back(second)
+    pool.give_back(first)
+    assert take(pool).state["conn"] == 0
+    assert driver.opened == [0, 1]
+
+
+def test_a_connection_in_steady_use_is_never_checked(
+    pool: Pool, driver: Driver, clock: Clock
+) -> None:
+    """No round trip is spent on a connection that was used within the last second."""
+    pool.give_back(take(pool))
+    clock.now += CHECK_AFTER * 0.9
+    pool.give_back(take(pool))
+    assert driver.checked == []
+
+
+def test_a_connection_that_has_idled_is_checked(pool: Pool, driver: Driver, clock: Clock) -> None:
+    """After a second of idling a connection is checked, and used if it is alive."""
+    pool.give_back(take(pool))
+    clock.now += CHECK_AFTER
+    assert take(pool).state["conn"] == 0
+    assert driver.checked == [0]
+
+
+def test_dead_connections_are_replaced(pool: Pool, driver: Driver, clock: Clock) -> None:
+    """Idle connections that fail their check are closed, and a new one is opened."""
+    first, second = take(pool), take(pool)
+    pool.give_back(first)
+    pool.give_back(second)
+    driver.dead = {0, 1}
+    clock.now += CHECK_AFTER
+    assert take(pool).state["conn"] == 2
+    assert sorted(driver.closed) == [0, 1]
+    assert pool.stats.discarded == 2
+
+
+def test_an_old_connection_is_replaced_when_it_comes_back(
+    pool: Pool, driver: Driver, clock: Clock
+) -> None:
+    """A connection older than `max_lifetime` is closed when it is given back."""
+    lease = take(pool)
+    clock.now += 60
+    pool.give_back(lease)
+    assert driver.closed == [0]
+    assert pool.stats.idle == 0
+
+
+@pytest.mark.parametrize("fault", ["tainted", "broken"])
+def test_what_cant_be_cleaned_is_closed(pool: Pool, driver: Driver, fault: str) -> None:
+    """A connection that is not as good as new after cleaning isn't lent again."""
+    lease = take(pool)
+    if fault == "tainted":
+        lease.tainted = True
+    else:
+        driver.dirty.add(0)
+    pool.give_back(lease)
+    assert driver.cleaned == [0]
+    assert driver.closed == [0]
+    assert pool.stats == (0, 0, 0, 1, 1, 0, 0)
+
+
+def test_a_failed_connection_attempt_gives_its_slot_back(pool: Pool, driver: Driver) -> None:
+    """With the database away, each attempt fails with `DatabaseUnavailable` and costs no slot."""
+    driver.unreachable = True
+    for _ in range(3 * pool.size):
+        with pytest.raises(DatabaseUnavailable) as failure:
+            take(pool)
+        assert isinstance(failure.value.__cause__, OSError)
+    assert pool.stats.in_use == 0
+    driver.unreachable = False
+    assert take(pool).state["conn"] == 0
+
+
+async def test_waiting_is_bounded_in_time_and_in_number(driver: Driver) -> None:
+    """Past `timeout` a caller gets `PoolTimeout`, past `max_waiting` `TooManyWaiting` at once."""
+    pool = Pool(driver, size=1, timeout=0.01, max_waiting=1, max_lifetime=60)
+    lease = await pool.acquire()
+    with pytest.raises(PoolTimeout, match=r"0\.01 s; all 1 are in use"):
+        await pool.acquire()
+    pool.timeout = LONG
+    waiting = asyncio.create_task(pool.acquire())
+    while not pool.stats.waiting:
+        await asyncio.sleep(0)
+    with pytest.raises(TooManyWaiting):
+        await pool.acquire()
+    with pytest.raises(TooManyWaiting):
+        pool.acquire_blocking()
+    pool.give_back(lease)
+    pool.give_back(await waiting)
+    assert pool.stats == (0, 0, 0, 0, 0, 1, 2)
+
+
+async def test_draining_waits_for_what_is_in_use(pool: Pool, driver: Driver) -> None:
+    """Draining sends waiters away, lets leases finish, closes all, and leaves a pool as new."""
+    lease, idle = take(pool), take(pool)
+    pool.give_back(idle)
+    other = await pool.acquire()
+    waiting = asyncio.create_task(pool.acquire())
+    while not pool.stats.waiting:
+        await asyncio.sleep(0)
+    draining = asyncio.create_task(pool.drain(LONG))
+    with pytest.raises(PoolClosed):
+        await waiting
+    with pytest.raises(PoolClosed):
+        await pool.acquire()
+    assert not draining.done()
+    pool.give_back(lease)
+    pool.give_back(other)
+    assert await draining
+    assert sorted(driver.closed) == [0, 1]
+    assert take(pool).state["conn"] == 2
+
+
+async def test_draining_doesnt_wait_for_ever(pool: Pool, driver: Driver, clock: Clock) -> None:
+    """What is still in use when the grace is over is closed when it comes back."""
+    lease = take(pool)
+    assert not await pool.drain(0)
+    assert driver.closed == []
+    pool.give_back(lease)
+    assert driver.closed == [0]
+    assert pool.stats.in_use == 0
+
+
+def test_renewing_replaces_connections_in_use_too(pool: Pool, driver: Driver) -> None:
+    """After `renew()` neither idle connections nor those in use are lent again."""
+    in_use, idle = take(pool), take(pool)
+    pool.give_back(idle)
+    pool.renew()
+    assert driver.closed == [1]
+    pool.give_back(in_use)
+    assert driver.closed == [1, 0]
+    assert pool.stats.idle == 0
+
+
+@pytest.mark.parametrize(
+    "setting", [{"size": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"max_waiting": -1}]
+)
+def test_impossible_settings_are_refused(driver: Driver, setting: dict[str, Any]) -> None:
+    """A size, limit or time that makes no sense is a `ValueError` that quotes it."""
+    settings = {"size": 1, "timeout": 1, "max_waiting": 1, "max_lifetime": 1, **setting}
+    with pytest.raises(ValueError, match="got: "):
+        Pool(driver, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_begins_with_a_pool_of_its_own(pool: Pool, driver: Driver) -> None:
+    """A child neither uses nor closes the parent's connections, and has all slots."""
+    in_use, idle = take(pool), take(pool)
+    pool.give_back(idle)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            stats = pool.stats
+            fresh = take(pool), take(pool)
+            pool.give_back(in_use)  # inherited: neither the child's slot nor its connection
+            numbers = [lease.state["conn"] for lease in fresh]
+            os.write(write, repr((stats.in_use, stats.idle, numbers, driver.closed)).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        assert pipe.read().decode() == "(0, 0, [2, 3], [])"
+    pool.give_back(in_use)
+    assert pool.stats[:2] == (0, 2)
