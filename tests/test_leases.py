@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
@@ -438,3 +438,37 @@ async def test_random_cancellation_loses_nothing(db: Database, account: Any, see
             assert f"{number}a" in stored, "an acknowledged row is lost"
     assert len(acknowledged) > 300
     assert db.pool_stats.in_use == 0
+
+
+# Reading row by row
+
+
+async def test_a_loop_over_a_query_may_write(db: Database, account: Any) -> None:
+    """What the body of a loop over `iterate` does is independent of the loop's connection."""
+    await account.abulk_create([account(name=str(n)) for n in range(10)])
+    async for row in db.iterate(account.select().order_by(account.id), buffer_size=3):
+        assert db.pool_stats.in_use == 1
+        row.balance = 1
+        await row.asave()
+    assert db.pool_stats.in_use == 0
+    assert await db.scalar(account.select(peewee.fn.SUM(account.balance))) == 10
+
+
+async def test_a_loop_inside_a_transaction_is_part_of_it(db: Database, account: Any) -> None:
+    """Inside a block, `iterate` reads what the block has written, and the body may write on."""
+    async with db.atomic():
+        await account.abulk_create([account(name=str(n)) for n in range(10)])
+        async for row in db.iterate(account.select().order_by(account.id), buffer_size=3):
+            await account.update(balance=1).where(account.id == row.id).aexecute()
+        assert db.pool_stats.in_use == 1
+    assert await db.scalar(account.select(peewee.fn.SUM(account.balance))) == 10
+
+
+async def test_a_loop_left_early_leaves_nothing_behind(db: Database, account: Any) -> None:
+    """A loop left with `aclosing` gives its connection back; the context is as before."""
+    await account.abulk_create([account(name=str(n)) for n in range(10)])
+    async with aclosing(db.iterate(account.select(), buffer_size=3)) as rows:
+        async for _ in rows:
+            break
+    assert db.pool_stats.in_use == 0
+    assert await db.count(account.select()) == 10

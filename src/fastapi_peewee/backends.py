@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 
 import peewee
 
+from .blocks import Atomic
 from .database import Database
 from .state import Lease, translate_driver_errors
 
@@ -76,6 +77,11 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             lease.root.cursors.add(cursor)
         return cursor
 
+    def open_rows(self, query: Any) -> Any:
+        rows = super().open_rows(query)
+        # A half-read query of a database in memory would keep all writers out.
+        return rows if self._keeper is None else iter(list(rows))
+
     def is_open(self, conn: Any) -> bool:
         return True
 
@@ -131,6 +137,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         level = _isolation(isolation_level or default)
         with translate_driver_errors:
             self.cursor().execute(f"BEGIN {f'ISOLATION LEVEL {level} ' if level else ''}READ ONLY")
+
+    def reading(self) -> Atomic:
+        return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
 
     def open_rows(self, query: Any) -> Any:
         from playhouse.postgres_ext import ServerSide

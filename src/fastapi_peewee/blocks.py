@@ -29,6 +29,7 @@ class _Block:
     db: "Database"
     _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
     _lease: Lease  # entered with `async with`
+    _entered: Any
     _outer: Any
 
     def __enter__(self) -> Any:
@@ -57,19 +58,10 @@ class _Block:
                 lease.give_turn()
 
     async def __aenter__(self) -> Any:
-        db = self.db
-        lease = await db.begin_lease()
-        call = Call(db.pool, db._state, lease, self.__enter__, Lease.give_turn)
-        try:
-            result = await result_of(call)
-        except BaseException as error:
-            entered = not call.cancelled() and call.exception() is None
-            # If so, the task was cancelled meanwhile, and nobody else will leave the block.
-            await leave(db, lease, partial(self._end, error) if entered else _nothing)
-            raise
-        self._lease, self._outer = lease, db._state._state.get()
-        db._state.bind(lease)
-        return result
+        lease = await self.aenter_unbound()
+        self._outer = self.db._state._state.get()
+        self.db._state.bind(lease)
+        return self._entered
 
     async def __aexit__(
         self,
@@ -78,7 +70,25 @@ class _Block:
         tb: TracebackType | None,
     ) -> None:
         self.db._state.bind(self._outer)
-        await leave(self.db, self._lease, partial(self._end, exc))
+        await self.aexit_unbound(exc)
+
+    async def aenter_unbound(self) -> Lease:
+        """Enter the block without binding its lease to the context of the caller."""
+        db = self.db
+        lease = await db.begin_lease()
+        call = Call(db.pool, db._state, lease, self.__enter__, Lease.give_turn)
+        try:
+            self._entered = await result_of(call)
+        except BaseException as error:
+            entered = not call.cancelled() and call.exception() is None
+            # If so, the task was cancelled meanwhile, and nobody else will leave the block.
+            await leave(db, lease, partial(self._end, error) if entered else _nothing)
+            raise
+        self._lease = lease
+        return lease
+
+    async def aexit_unbound(self, error: BaseException | None = None) -> None:
+        await leave(self.db, self._lease, partial(self._end, error))
         await run_follow_ups(self._lease)
 
     def _end(self, error: BaseException | None, cancelled: BaseException | None = None) -> None:

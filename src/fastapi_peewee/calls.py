@@ -93,23 +93,27 @@ async def result_of(call: Call, *, certain: bool = False) -> Any:
     A call that has not begun is dropped on cancellation, unless it is `certain`: a COMMIT or a
     ROLLBACK has to be carried out. In any case `CancelledError` is raised in the end.
     """
+    try:
+        await _end_of(call)
+    except asyncio.CancelledError:
+        if certain or not call.give_up():
+            await uninterrupted(_end_of(call))
+        raise
+    return call.result()
+
+
+def _end_of(call: Call) -> asyncio.Future[None]:
     loop = asyncio.get_running_loop()
-    done = loop.create_future()
+    end = loop.create_future()
 
     def wake(_: Any) -> None:
         try:
-            loop.call_soon_threadsafe(_set, done)
+            loop.call_soon_threadsafe(_set, end)
         except RuntimeError:
             logger.debug("An event loop was closed before its database call had ended.")
 
     call.add_done_callback(wake)
-    try:
-        await asyncio.wait({done})
-    except asyncio.CancelledError:
-        if certain or not call.give_up():
-            await uninterrupted(done)
-        raise
-    return call.result()
+    return end
 
 
 async def uninterrupted(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:

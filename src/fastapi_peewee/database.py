@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
@@ -246,14 +246,22 @@ class Database(peewee.Database):
     async def call(self, fn: Callable[[], Any], then: Callable[[Any], Any] | None = None) -> Any:
         """`then(fn())` in a worker thread, of which only `fn` holds a connection."""
         lease = self._state.lease()
-        if lease is None:
-            lease = await self.pool.acquire()
-            release: Callable[[Lease], None] = self.pool.give_back
-        else:
-            await lease.take_turn(self.pool.timeout)
-            release = Lease.give_turn
+        if lease is not None:
+            return await self._call_under(lease, fn, then)
+        lease = await self.pool.acquire()
         try:
-            return await result_of(Call(self.pool, self._state, lease, fn, release, then))
+            call = Call(self.pool, self._state, lease, fn, self.pool.give_back, then)
+            return await result_of(call)
+        finally:
+            await run_follow_ups(lease)
+
+    async def _call_under(
+        self, lease: Lease, fn: Callable[[], Any], then: Callable[[Any], Any] | None = None
+    ) -> Any:
+        await lease.take_turn(self.pool.timeout)
+        try:
+            call = Call(self.pool, self._state, lease, fn, Lease.give_turn, then)
+            return await result_of(call)
         finally:
             await run_follow_ups(lease)
 
@@ -321,17 +329,32 @@ class Database(peewee.Database):
         return await self.run(peewee.prefetch, query, *subqueries)
 
     async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncIterator[Any]:
-        """Yield a query's rows, `buffer_size` at a time, from a read-only transaction.
+        """Yield a query's rows, read `buffer_size` at a time.
 
-        It holds a connection until it is exhausted or closed: leave the loop early only with
-        `contextlib.aclosing`.
+        Inside a block it reads through that block's connection. Otherwise it holds one of its own
+        until it is exhausted or closed, which the loop's body does not use: leave the loop early
+        only with `contextlib.aclosing`.
         """
         query.bind(self)
-        async with self.atomic():
-            rows = await self.run(self.open_rows, query)
-            while chunk := await self.run(list, islice(rows, buffer_size)):
+        lease = self._state.lease()
+        block = self.reading() if lease is None else None
+        if block is not None:
+            # A generator shares its consumer's context: what is bound here would be seen there.
+            lease = await block.aenter_unbound()
+        assert lease is not None
+        try:
+            rows = await self._call_under(lease, partial(self.open_rows, query))
+            next_rows = partial(_take, rows, buffer_size)
+            while chunk := await self._call_under(lease, next_rows):
                 for row in chunk:
                     yield row
+        finally:
+            if block is not None:
+                await block.aexit_unbound()
+
+    def reading(self) -> LeaseContext | Atomic:
+        """The block in which `iterate` reads."""
+        return self.connection_context()
 
     def open_rows(self, query: Any) -> Any:
         """An iterator over a query's rows that doesn't keep those it has passed."""
@@ -412,6 +435,10 @@ _SETTING = re.compile(
 def changes_session(sql: str) -> bool:
     """Whether a statement may leave something in the session for its next user to find."""
     return _HARMLESS.match(sql) is None or _SETTING.search(sql) is not None
+
+
+def _take(rows: Iterator[Any], count: int) -> Sequence[Any]:
+    return tuple(islice(rows, count))
 
 
 def _is_async(fn: Any) -> bool:

@@ -111,12 +111,12 @@ class PeeweeMiddleware:
             await self.app(scope, receive, send)
             return
         request: RequestScope | None = scope.get("fastapi_peewee")
-        if request is not None:  # a sub-application of one that has a middleware, too
-            request.databases.append(self.db)
+        if request is not None:  # another database's middleware, or an application around this one
+            self._enter(request, scope)
             await self._unbound(scope, receive, send)
             return
         request = scope["fastapi_peewee"] = RequestScope()
-        request.databases.append(self.db)
+        self._enter(request, scope)
         token = RequestScope.current.set(request)
 
         async def send_free(message: Message) -> None:
@@ -129,6 +129,11 @@ class PeeweeMiddleware:
         finally:
             RequestScope.current.reset(token)
             await _release(request)
+
+    def _enter(self, request: RequestScope, scope: Scope) -> None:
+        if request.app is not scope.get("app"):
+            request.app, request.databases = scope.get("app"), []
+        request.databases.append(self.db)
 
     async def _unbound(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A request made inside of another, in one process, must not inherit its connection.
@@ -157,7 +162,7 @@ async def _before_response(request: RequestScope) -> None:
 async def _release(request: RequestScope) -> None:
     while request.leases:
         state, held = request.leases.popitem()
-        db = next(db for db in request.databases if db._state is state)
+        db = request.owners.pop(state)
         if isinstance(held, Lease):
             await leave(db, held, lambda _: None)
             await run_follow_ups(held)
@@ -196,10 +201,10 @@ async def _hold(request: RequestScope, db: Any) -> Any:
     if db._state not in request.leases:
         if isinstance(db, Database):
             lease = await db.pool.acquire()
-            request.leases[db._state] = lease
+            request.owners[db._state], request.leases[db._state] = db, lease
             lease.turn.release()
         else:
-            request.leases[db._state] = closed_state()
+            request.owners[db._state], request.leases[db._state] = db, closed_state()
             await run_in_threadpool(db.connect)
     return db
 

@@ -178,15 +178,18 @@ class RequestScope:
     context, must be able to leave a lease for the endpoint, which runs with another copy.
     """
 
-    __slots__ = ("databases", "leases", "response_started", "transactions")
+    __slots__ = ("app", "databases", "leases", "owners", "response_started", "transactions")
 
     current: "ContextVar[RequestScope | None]" = ContextVar("fastapi_peewee_request", default=None)
 
     def __init__(self) -> None:
-        #: Those whose applications this request has passed through, outermost first.
+        #: The innermost application with databases, and these; the one initialised first is last.
+        self.app: Any = None
         self.databases: list[Any] = []
         #: What `Depends(get_db)` left: a lease or, for a database of Peewee's own, its state.
         self.leases: dict[PeeweeConnectionState, Lease | dict[str, Any]] = {}
+        #: The databases that these belong to.
+        self.owners: dict[PeeweeConnectionState, Any] = {}
         #: How many transaction dependencies are open.
         self.transactions = 0
         self.response_started = False

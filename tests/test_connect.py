@@ -1,0 +1,271 @@
+"""`connect(url)`: what it makes of a URL, and how it sets up each kind of database."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import peewee
+import pytest
+
+from fastapi_peewee import BlockingQueryWarning, PoolStats, connect
+from fastapi_peewee.backends import MySQLDatabase, PostgresqlDatabase, SqliteDatabase
+from fastapi_peewee.database import changes_session
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "name", "parameters"),
+    [
+        ("sqlite:///app.db", SqliteDatabase, "app.db", {}),
+        ("sqlite:////var/app.db", SqliteDatabase, "/var/app.db", {}),
+        (
+            "postgresql://u%40x:p%2Fw@h:5433/name",
+            PostgresqlDatabase,
+            "name",
+            {"user": "u@x", "password": "p/w", "host": "h", "port": 5433},
+        ),
+        ("postgres:///name?host=/run/pg", PostgresqlDatabase, "name", {"host": "/run/pg"}),
+        (
+            "mysql://u:p%2Fw@h/name",
+            MySQLDatabase,
+            "name",
+            {"user": "u", "password": "p/w", "host": "h", "charset": "utf8mb4"},
+        ),
+        ("mariadb://u@h:3307/name", MySQLDatabase, "name", {"user": "u", "port": 3307}),
+    ],
+)
+def test_a_url_says_it_all(url: str, kind: type, name: str, parameters: dict[str, Any]) -> None:
+    """Scheme, credentials, host, port, name and options come from the URL, percent-decoded."""
+    db = connect(url)
+    assert type(db) is kind
+    assert isinstance(db, kind.__mro__[2])
+    assert db.database == name
+    assert parameters.items() <= db.connect_params.items()
+
+
+def test_pool_settings_may_stand_in_the_url() -> None:
+    """Settings after the `?` are those of `connect`, and don't reach the driver."""
+    db = connect("postgresql:///name?pool_size=3&timeout=0.5&max_waiting=7&max_lifetime=60")
+    pool = db.pool
+    assert (pool.size, pool.timeout, pool.max_waiting, pool.max_lifetime) == (3, 0.5, 7, 60)
+    assert db.connect_params == {"connect_timeout": 5}
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("oracle://h/name", "scheme 'oracle'.*sqlite:///app.db"),
+        ("app.db", "scheme ''"),
+        ("postgresql://name", "names no database.*postgresql:///name"),
+        ("sqlite:///a.db?pool_size=0", "pool_size must be at least 1, got: 0"),
+    ],
+)
+def test_a_url_that_makes_no_sense_is_refused(url: str, message: str) -> None:
+    """A `ValueError` says what is wrong with a URL, and how it is written."""
+    with pytest.raises(ValueError, match=message):
+        connect(url)
+
+
+def test_an_error_doesnt_show_the_password() -> None:
+    """The message about a bad URL holds nothing of its credentials."""
+    with pytest.raises(ValueError, match="names no database") as failure:
+        connect("postgresql://user:secret@host")
+    assert "secret" not in str(failure.value)
+
+
+def test_nothing_is_opened_before_the_first_use(tmp_path: Path) -> None:
+    """`connect` creates no file and asks no server."""
+    connect(f"sqlite:///{tmp_path}/app.db")
+    connect("postgresql://nobody@127.0.0.1:1/nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sqlite_is_set_up_for_a_server(sqlite_url: str) -> None:
+    """A SQLite file has a write-ahead log and foreign keys, and settings given are kept."""
+    db = connect(sqlite_url, pragmas={"cache_size": -1000}, busy_timeout=2)
+    assert (db.journal_mode, db.foreign_keys, db.cache_size) == ("wal", 1, -1000)
+    assert db.pragma("busy_timeout") == 2000
+    db.close()
+    db = connect(sqlite_url, pragmas={"foreign_keys": 0})
+    assert db.foreign_keys == 0
+    db.close()
+
+
+def test_sqlite_transactions_wait_for_each_other(sqlite_url: str) -> None:
+    """Of a hundred read-modify-write transactions in twenty threads none fails or is lost."""
+    db = connect(sqlite_url)
+
+    class Counter(db.Model):
+        value = peewee.IntegerField(default=0)
+
+    db.create_tables([Counter])
+    Counter.create()
+
+    def increment(_: int) -> None:
+        with db.connection_context(), db.atomic():
+            counter = Counter.get()
+            counter.value += 1
+            counter.save()
+
+    with ThreadPoolExecutor(20) as threads:
+        list(threads.map(increment, range(100)))
+    assert Counter.get().value == 100
+    db.close()
+
+
+async def test_a_read_only_transaction_doesnt_wait_for_a_writer(sqlite_url: str) -> None:
+    """`atomic(read_only=True)` reads beside a writing transaction, and refuses to write."""
+    db = connect(sqlite_url)
+
+    class Row(db.Model):
+        name = peewee.CharField()
+
+    await db.acreate_tables([Row])
+    reading, read = asyncio.Event(), asyncio.Event()
+
+    async def write() -> None:
+        async with db.atomic():
+            await Row.acreate(name="a")
+            reading.set()
+            await read.wait()
+
+    writer = asyncio.create_task(write())
+    await reading.wait()
+    async with db.atomic(read_only=True):
+        assert await db.count(Row.select()) == 0
+        with pytest.raises(peewee.OperationalError, match="readonly"):
+            await Row.acreate(name="b")
+    read.set()
+    await writer
+    assert await db.run(lambda: [Row.create(name="c").name, db.pragma("query_only")]) == ["c", 0]
+    await db.close_pool()
+
+
+async def test_a_database_in_memory_is_one_for_all() -> None:
+    """All threads and tasks see the same `:memory:` database, and another `connect` has its own."""
+    db, other = connect("sqlite:///:memory:"), connect("sqlite://")
+
+    class Row(db.Model):
+        name = peewee.CharField(unique=True)
+
+    await db.acreate_tables([Row])
+    await asyncio.gather(*(Row.acreate(name=str(n)) for n in range(30)))
+    assert await db.count(Row.select()) == 30
+    counts: list[int] = []
+
+    def count() -> None:
+        counts.append(Row.select().count())
+        db.close()
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    await db.close_pool()
+    assert counts == [30]
+    assert await db.count(Row.select()) == 30, "it outlives its pool"
+    assert await other.run(other.get_tables) == []
+    async for row in db.iterate(Row.select()):
+        await Row.update(name=f"{row.name}!").where(Row.id == row.id).aexecute()
+    assert (await Row.aget_by_id(1)).name.endswith("!")
+    await db.close_pool()
+    await other.close_pool()
+
+
+async def test_functions_reach_connections_that_exist_already(sqlite_url: str) -> None:
+    """A function registered late is there on every pooled connection, idle or in use."""
+    db = connect(sqlite_url)
+
+    async with db.connection_context():
+        await db.run(db.register_function, lambda x: x + 1, "plus_one", 1)
+    assert await db.run(lambda: db.execute_sql("SELECT plus_one(1)").fetchone()) == (2,)
+    await db.close_pool()
+
+
+async def test_counters_tell_what_the_pool_does(database_url: str) -> None:
+    """`pool_stats` counts what is in use, idle, opened and closed."""
+    db = connect(database_url, pool_size=2)
+    assert db.pool_stats == PoolStats(0, 0, 0, 0, 0, 0, 0)
+    async with db.atomic():
+        assert db.pool_stats == PoolStats(1, 0, 0, 1, 0, 0, 0)
+    assert db.pool_stats == PoolStats(0, 1, 0, 1, 0, 0, 0)
+    assert await db.close_pool()
+    assert db.pool_stats == PoolStats(0, 0, 0, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "repeatable read", "SERIALIZABLE", None])
+async def test_isolation_levels_are_those_of_the_standard(
+    database_url: str, level: str | None
+) -> None:
+    """`atomic` takes the four standard levels, in any case, by position or by name."""
+    db = connect(database_url)
+
+    def current() -> str:
+        if isinstance(db, PostgresqlDatabase):
+            return str(db.execute_sql("SHOW transaction_isolation").fetchone()[0]).upper()
+        return (level or "").upper()
+
+    expected = "READ COMMITTED" if level is None and isinstance(db, PostgresqlDatabase) else level
+    for read_only in (False, True):
+        async with db.atomic(isolation_level=level, read_only=read_only):
+            assert await db.run(current) == (expected or "").upper()
+    async with db.atomic(level):
+        assert await db.run(current) == (expected or "").upper()
+    await db.close_pool()
+
+
+async def test_an_isolation_level_is_never_sql(database_url: str) -> None:
+    """Anything but a standard level is refused before it reaches the database."""
+    db = connect(database_url)
+    with pytest.raises(ValueError, match="isolation_level must be one of"):
+        async with db.atomic(isolation_level="SERIALIZABLE; DROP TABLE x"):
+            pass
+    assert db.pool_stats.in_use == 0
+    await db.close_pool()
+
+
+@pytest.mark.parametrize(
+    ("sql", "changes"),
+    [
+        ('SELECT "t1"."id" FROM "user" AS "t1"', False),
+        ("(SELECT 1) UNION (SELECT 2)", False),
+        ('INSERT INTO "user" ("name") VALUES (%s) RETURNING "id"', False),
+        ('UPDATE "user" SET "name" = %s', False),
+        ('WITH "x" AS (SELECT 1) SELECT * FROM "x"', False),
+        ("SAVEPOINT s1", False),
+        ("SET LOCAL search_path TO x", False),
+        ('CREATE TABLE IF NOT EXISTS "x" ("id" INTEGER)', False),
+        ("SET search_path TO x", True),
+        ("set search_path to x", True),
+        ("SELECT set_config('a.b', 'c', false)", True),
+        ("SELECT pg_advisory_lock(1)", True),
+        ("SELECT pg_try_advisory_lock_shared(1)", True),
+        ("SELECT GET_LOCK('a', 1)", True),
+        ("SELECT @x := 1", True),
+        ("SELECT 1 AS a INTO TEMP t", True),
+        ("CREATE TEMPORARY TABLE x (y INTEGER)", True),
+        ("PRAGMA foreign_keys = 0", True),
+        ("ATTACH DATABASE 'x' AS y", True),
+        ("LISTEN channel", True),
+        ("LOCK TABLES x WRITE", True),
+        ("PREPARE p AS SELECT 1", True),
+    ],
+)
+def test_what_leaves_something_in_the_session(sql: str, changes: bool) -> None:
+    """Statements that may change the session are known as such; in doubt, they are."""
+    assert changes_session(sql) is changes
+
+
+async def test_importing_an_application_on_a_running_loop_only_warns(sqlite_url: str) -> None:
+    """Creating tables at import works, also where a server imports on its event loop."""
+    db = connect(sqlite_url)
+
+    class Row(db.Model):
+        name = peewee.CharField()
+
+    with pytest.warns(BlockingQueryWarning):
+        db.create_tables([Row])
+    with db.allow_sync():
+        db.close()
+    assert await db.count(Row.select()) == 0
+    await db.close_pool()
