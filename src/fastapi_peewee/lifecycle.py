@@ -198,14 +198,14 @@ def _only_database() -> Any:
 
 
 async def _hold(request: RequestScope, db: Any) -> Any:
-    if db._state not in request.leases:
-        if isinstance(db, Database):
-            lease = await db.pool.acquire()
-            request.owners[db._state], request.leases[db._state] = db, lease
-            lease.turn.release()
-        else:
+    if not isinstance(db, Database):
+        if db._state not in request.leases:
             request.owners[db._state], request.leases[db._state] = db, closed_state()
             await run_in_threadpool(db.connect)
+    elif db._state.lease() is None:  # there may be one already: a transaction dependency's, say
+        lease = await db.pool.acquire()
+        request.owners[db._state], request.leases[db._state] = db, lease
+        lease.turn.release()
     return db
 
 

@@ -27,7 +27,6 @@ from fastapi.routing import (
     _endpoint_context_cache,
     _extract_endpoint_context,
 )
-from fastapi.telemetry._api import _run_sync_endpoint
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from .handlers import CONFLICT, NOT_FOUND
@@ -139,7 +138,7 @@ def _in_one_hop(
     }
 
     def leased(values: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-        returned = _run_sync_endpoint(function=endpoint, arguments=values)
+        returned = endpoint(**values)
         if isinstance(returned, Response):
             return returned, None, []
         if field is None:
@@ -197,10 +196,10 @@ def _with_leased_background(
     return handle
 
 
-def _lease(task: BackgroundTask) -> None:
-    fn = task.func
-    if task.is_async or not hasattr(task, "func"):
+def _lease(task: Any) -> None:
+    if not isinstance(task, BackgroundTask) or task.is_async:
         return
+    fn = task.func
 
     @functools.wraps(fn)
     async def leased(*args: Any, **kwargs: Any) -> None:
