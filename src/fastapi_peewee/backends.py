@@ -122,8 +122,8 @@ for _name in (
     setattr(SqliteDatabase, _name, _renewing(_name))
 
 
-# What DISCARD ALL does, in the order of its manual page, but for the prepared statements: psycopg has
-# made most of them, and goes on using them. Returns the number of those that it hasn't made.
+# What DISCARD ALL does, in the order of its manual page, but for the prepared statements: psycopg
+# has made most of them, and goes on using them. Returns the number of those that it hasn't made.
 _RESET = (
     b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;"
     b"SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;"

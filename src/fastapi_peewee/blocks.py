@@ -8,14 +8,22 @@ decided here: an async block is a lease of its own, and holds the turn of the on
 import asyncio
 import inspect
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial, wraps
-from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .calls import Call, result_of, run_follow_ups, uninterrupted
-from .state import ConnectionContext, Lease, _atomic, _savepoint, _transaction
+from .state import (
+    ConnectionContext,
+    Lease,
+    RequestScope,
+    _atomic,
+    _savepoint,
+    _transaction,
+    called_by_generator,
+)
 
 if TYPE_CHECKING:
     from .database import Database
@@ -41,6 +49,10 @@ class _Block:
             if lease is not None:
                 lease.give_turn()
             raise
+        if lease is not None and called_by_generator():
+            # A `yield` dependency: the endpoint, in another thread, is meant to use the block.
+            lease.give_turn()
+            lease = None
         self._turn = lease
         return result
 
@@ -51,6 +63,8 @@ class _Block:
         tb: TracebackType | None,
     ) -> None:
         lease, self._turn = self._turn, None
+        if lease is None:  # unless this thread has the turn anyway
+            lease = self.db.take_turn()
         try:
             super().__exit__(exc_type, exc, tb)  # type: ignore[misc]
         finally:
@@ -118,12 +132,12 @@ async def leave(db: "Database", lease: Lease, last: Callable[[BaseException | No
     This is done whatever is cancelled meanwhile; the cancellation is raised in the end.
     """
     lease.closing = True
-    if lease.root.held is None:  # no connection was to be had: there is nothing to leave
-        db.end_lease(lease)
-        return
     cancelled = None
     if not lease.turn.acquire_nowait():  # a child's call is still running
         cancelled = await uninterrupted(asyncio.ensure_future(lease.turn.acquire(None)))
+    if lease.root.held is None:  # no connection was to be had, or wanted: there is nothing to leave
+        db.end_lease(lease)
+        return
     call = Call(db.pool, db._state, lease, partial(last, cancelled), db.end_lease)
     await result_of(call, certain=True)
     if cancelled is not None:
@@ -201,26 +215,35 @@ class Savepoint(_Block, _MarkedSavepoint):
 class LeaseContext(_Block, ConnectionContext):
     """`db.connection_context()`: holds a connection, without a transaction.
 
-    In a thread of a request that holds none it takes a lease, and blocks the thread for it.
+    In a thread of a request that holds none it takes one for the request, and blocks the thread for
+    it: the generator of a dependency or stream goes on in another thread, with another context.
     """
 
     _taken: Lease | None = None
+    _request: RequestScope
 
     def __enter__(self) -> Any:
-        db = self.db
-        if not db._state.homeless:
+        db, request = self.db, RequestScope.current.get()
+        lease = db._state.lease()
+        if request is None or (lease is not None and not (lease.root is lease and lease.contexts)):
             return super().__enter__()
-        db._state.guard_loop()
-        lease = db.pool.acquire_blocking()
-        lease.owner = get_ident()
-        lease.follow_ups = None  # there is no event loop to await them on
-        try:
-            db.pool.connect(lease)
-        except BaseException:
+        if lease is None:
+            db._state.guard_loop()
+            lease = db.pool.acquire_blocking()
+            lease.follow_ups = None  # there is no event loop to await them on
+            try:
+                db.pool.connect(lease)
+            except BaseException:
+                db.pool.give_back(lease)
+                raise
+            lease.turn.release()
+        with _sharing:
+            held = request.hold(db, lease)
+            held.contexts += 1
+        if held is not lease:  # another thread of this request was faster
+            lease.turn.acquire_nowait()
             db.pool.give_back(lease)
-            raise
-        self._taken = lease
-        db._state.bind(lease)
+        self._taken, self._request = held, request
         return None
 
     def __exit__(
@@ -233,5 +256,14 @@ class LeaseContext(_Block, ConnectionContext):
         if lease is None:
             super().__exit__(exc_type, exc, tb)
             return
-        self.db._state.bind(None)
+        with _sharing:
+            lease.contexts -= 1
+            if lease.contexts or lease.ended:
+                return
+            self._request.drop(self.db)
+        lease.closing = True
+        lease.turn.acquire_blocking(None)
         self.db.pool.give_back(lease)
+
+
+_sharing = threading.Lock()

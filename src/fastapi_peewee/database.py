@@ -175,11 +175,23 @@ class Database(peewee.Database):
         return bool(super().close())
 
     def connection(self) -> Any:
-        conn = super().connection()
         lease = self._state.lease()
         if lease is not None:
+            self._ensure_connected(lease)
             lease.root.tainted = True  # what is done with it, nobody sees
-        return conn
+        return super().connection()
+
+    def cursor(self, named_cursor: Any = None) -> Any:
+        lease = self._state.lease()
+        if lease is not None:
+            self._ensure_connected(lease)
+        return super().cursor(named_cursor)
+
+    def _ensure_connected(self, lease: Lease) -> None:
+        if lease.root.held is None:
+            turn = self.take_turn()
+            if turn is not None:
+                turn.give_turn()
 
     def close_if_dead(self) -> None:
         """Close this thread's connection if it is of no more use. Leases are the pool's."""
@@ -336,7 +348,7 @@ class Database(peewee.Database):
         only with `contextlib.aclosing`.
         """
         query.bind(self)
-        lease = self._state.lease()
+        lease = self._state.bound_lease()  # not the request's, which goes back before a stream
         block = self.reading() if lease is None else None
         if block is not None:
             # A generator shares its consumer's context: what is bound here would be seen there.

@@ -79,7 +79,7 @@ class Gate:
                 timer.cancel()
         return self._outcome(waiter)
 
-    def acquire_blocking(self, timeout: float) -> bool:
+    def acquire_blocking(self, timeout: float | None) -> bool:
         """The same for a thread, which it blocks. Never call it on an event loop."""
         if self.acquire_nowait():
             return True

@@ -3,6 +3,7 @@
 The middleware gives every request a scope, in which nothing is held until something asks for it.
 """
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -128,7 +129,7 @@ class PeeweeMiddleware:
             await self._unbound(scope, receive, send_free)
         finally:
             RequestScope.current.reset(token)
-            await _release(request)
+            await _release(request, over=True)
 
     def _enter(self, request: RequestScope, scope: Scope) -> None:
         if request.app is not scope.get("app"):
@@ -150,24 +151,45 @@ class PeeweeMiddleware:
 
 async def _before_response(request: RequestScope) -> None:
     request.response_started = True
-    if request.transactions:
+    if request.transactions or any(_in_transaction(held) for held in request.leases.values()):
         raise RuntimeError(
             "A transaction would be committed after the response, so that a failing COMMIT could "
             "no longer be reported. Use the alias `InTransaction`, or "
-            '`Depends(transaction, scope="function")`.'
+            '`Depends(…, scope="function")` for a `yield` dependency that holds a transaction.'
         )
     await _release(request)
 
 
-async def _release(request: RequestScope) -> None:
-    while request.leases:
-        state, held = request.leases.popitem()
-        db = request.owners.pop(state)
-        if isinstance(held, Lease):
-            await leave(db, held, lambda _: None)
-            await run_follow_ups(held)
-        else:
+def _in_transaction(held: Lease | dict[str, Any]) -> bool:
+    return isinstance(held, Lease) and bool(held.state["transactions"])
+
+
+async def _release(request: RequestScope, *, over: bool = False) -> None:
+    """Give back what the request holds; blocks of its threads keep theirs until it is over."""
+    for state, held in list(request.leases.items()):
+        if not over and isinstance(held, Lease) and held.contexts:
+            continue
+        db = request.owners[state]
+        request.drop(db)
+        if not isinstance(held, Lease):
             await run_in_threadpool(_close, db, held)
+            continue
+        leaving = asyncio.ensure_future(_leave(db, held))
+        if held.turn.held:
+            # Still in use, by a task of this request: the response doesn't wait for that, since the
+            # task may wait for the response, as the producer of an event stream does.
+            _leaving.add(leaving)
+            leaving.add_done_callback(_leaving.discard)
+        else:
+            await asyncio.shield(leaving)
+
+
+async def _leave(db: Database, lease: Lease) -> None:
+    await leave(db, lease, lambda _: None)
+    await run_follow_ups(lease)
+
+
+_leaving: set[asyncio.Future[None]] = set()  # the loop itself keeps only weak references
 
 
 def _close(db: Any, state: dict[str, Any]) -> None:
@@ -200,11 +222,11 @@ def _only_database() -> Any:
 async def _hold(request: RequestScope, db: Any) -> Any:
     if not isinstance(db, Database):
         if db._state not in request.leases:
-            request.owners[db._state], request.leases[db._state] = db, closed_state()
+            request.hold(db, closed_state())
             await run_in_threadpool(db.connect)
     elif db._state.lease() is None:  # there may be one already: a transaction dependency's, say
         lease = await db.pool.acquire()
-        request.owners[db._state], request.leases[db._state] = db, lease
+        request.hold(db, lease)
         lease.turn.release()
     return db
 

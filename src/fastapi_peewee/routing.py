@@ -197,7 +197,8 @@ def _with_leased_background(
 
 
 def _lease(task: Any) -> None:
-    if not isinstance(task, BackgroundTask) or task.is_async:
+    # Whatever can be called serves as a background task, also a subclass that lacks its attributes.
+    if not isinstance(task, BackgroundTask) or getattr(task, "is_async", True):
         return
     fn = task.func
 

@@ -12,6 +12,7 @@ from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
+from inspect import CO_GENERATOR
 from sys import _getframe
 from typing import Any
 
@@ -46,6 +47,7 @@ __all__ = [
     "_savepoint",
     "_transaction",
     "allow_sync",
+    "called_by_generator",
     "closed_state",
     "translate_driver_errors",
 ]
@@ -88,6 +90,7 @@ class Lease:
         held: the pool's record of the connection; None before the first call.
         tainted: the session may have been changed; reset before the next user.
         cursors: SQLite's open cursors, each of which keeps the connection on an old snapshot.
+        contexts: how many `connection_context()` blocks share it, if threads of a request took it.
         follow_ups: `async` callbacks of committed transactions, to be awaited on the event loop;
             None where there is none.
         closing: its block is being left; the one whose turn it is finishes, newcomers are refused.
@@ -96,6 +99,7 @@ class Lease:
 
     __slots__ = (
         "closing",
+        "contexts",
         "cursors",
         "ended",
         "follow_ups",
@@ -129,6 +133,7 @@ class Lease:
         self.slot = slot
         self.held: Any = None
         self.tainted = False
+        self.contexts = 0
         self.cursors: weakref.WeakSet[Any] = weakref.WeakSet()
         self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
 
@@ -186,13 +191,23 @@ class RequestScope:
         #: The innermost application with databases, and these; the one initialised first is last.
         self.app: Any = None
         self.databases: list[Any] = []
-        #: What `Depends(get_db)` left: a lease or, for a database of Peewee's own, its state.
+        #: What `Depends(get_db)` or a thread's `connection_context()` left: a lease or, for a
+        #: database of Peewee's own, its state.
         self.leases: dict[PeeweeConnectionState, Lease | dict[str, Any]] = {}
         #: The databases that these belong to.
         self.owners: dict[PeeweeConnectionState, Any] = {}
         #: How many transaction dependencies are open.
         self.transactions = 0
         self.response_started = False
+
+    def hold(self, db: Any, held: Any) -> Any:
+        """Hold this for the request, unless something is held already. Returns what is held."""
+        self.owners.setdefault(db._state, db)
+        return self.leases.setdefault(db._state, held)
+
+    def drop(self, db: Any) -> None:
+        self.owners.pop(db._state, None)
+        self.leases.pop(db._state, None)
 
 
 class PeeweeConnectionState(_ConnectionState):
@@ -232,6 +247,10 @@ class PeeweeConnectionState(_ConnectionState):
             bound.check()
             return bound
         return None
+
+    def bound_lease(self) -> Lease | None:
+        """As `lease()`, but without the request's: that of a call or block around this code."""
+        return self.lease() if self._state.get() is not None else None
 
     def bind(self, bound: Lease | None) -> Token[Any]:
         return self._state.set(bound)
@@ -333,3 +352,9 @@ def _distance_to_caller() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def called_by_generator() -> bool:
+    """Whether the caller (neither ours nor Peewee's) may be suspended by a `yield`."""
+    caller = _getframe(_distance_to_caller() - 1)
+    return bool(caller.f_code.co_flags & CO_GENERATOR)
