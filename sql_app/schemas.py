@@ -1,12 +1,30 @@
 """What comes in and what goes out."""
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SecretStr,
+    StringConstraints,
+)
 
 #: What every database stores in a column of 255 characters: PostgreSQL knows no NUL.
 Text = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00]*$")]
-Password = Annotated[SecretStr, StringConstraints(min_length=8, max_length=1024)]
+
+
+def _encodable(password: SecretStr) -> SecretStr:
+    if any("\ud800" <= character <= "\udfff" for character in password.get_secret_value()):
+        raise ValueError("a lone surrogate is no character")
+    return password
+
+
+Password = Annotated[
+    SecretStr, StringConstraints(min_length=8, max_length=1024), AfterValidator(_encodable)
+]
 
 
 class ItemBase(BaseModel):
@@ -35,10 +53,14 @@ class UserCreate(UserBase):
     password: Password
 
 
+def _in_id_order(items: Iterable[Any]) -> list[Any]:
+    """Peewee gives a query for `user.items`, or a list if it was loaded with the user."""
+    return sorted(items, key=lambda item: item.id)
+
+
 class User(UserBase):
     model_config = ConfigDict(from_attributes=True)
 
     id: int
     is_active: bool
-    #: Peewee gives a query for `user.items`, or a list if it was loaded with the user.
-    items: Annotated[list[Item], BeforeValidator(list)]
+    items: Annotated[list[Item], BeforeValidator(_in_id_order)]

@@ -23,6 +23,7 @@ from .state import (
     _savepoint,
     _transaction,
     called_by_generator,
+    generation,
 )
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class _Block:
     """What all blocks share. `super()` is Peewee's context manager."""
 
     db: "Database"
+    _generation: int
     _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
     _lease: Lease  # entered with `async with`
     _entered: Any
     _outer: Any
 
     def __enter__(self) -> Any:
+        self._generation = generation()
         # The turn comes first: what Peewee looks at next (how deep are we?) belongs to its holder.
         lease = self.db.take_turn()
         try:
@@ -62,6 +65,8 @@ class _Block:
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        if self._generation != generation():
+            return  # a forked child leaves the parent's block: it is the parent's
         lease, self._turn = self._turn, None
         if lease is None:  # unless this thread has the turn anyway
             lease = self.db.take_turn()
@@ -104,6 +109,12 @@ class _Block:
     async def aexit_unbound(self, error: BaseException | None = None) -> None:
         await leave(self.db, self._lease, partial(self._end, error))
         await run_follow_ups(self._lease)
+
+    async def acommit(self) -> None:
+        await self.db.run(self.commit)  # type: ignore[attr-defined]
+
+    async def arollback(self) -> None:
+        await self.db.run(self.rollback)  # type: ignore[attr-defined]
 
     def _end(self, error: BaseException | None, cancelled: BaseException | None = None) -> None:
         error = cancelled or error  # cancelled before the COMMIT was sent: so it isn't
@@ -265,5 +276,13 @@ class LeaseContext(_Block, ConnectionContext):
         lease.turn.acquire_blocking(None)
         self.db.pool.give_back(lease)
 
+    def abandon(self) -> None:
+        """End it if its task has ended without leaving it; on the event loop."""
+        if not self._lease.ended:
+            leaving = asyncio.ensure_future(self.aexit_unbound())
+            _leaving.add(leaving)
+            leaving.add_done_callback(_leaving.discard)
+
 
 _sharing = threading.Lock()
+_leaving: set[asyncio.Future[None]] = set()  # the loop itself keeps only weak references

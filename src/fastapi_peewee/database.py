@@ -4,6 +4,7 @@ A pool, `run` and the other `async` methods. What differs between databases is i
 nothing here knows of FastAPI.
 """
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -304,41 +305,71 @@ class Database(peewee.Database):
 
     # The names of playhouse.pwasyncio.
 
-    async def aexecute_sql(self, sql: str, params: Any = None) -> Any:
-        """Run a statement; returns all its rows as a list of tuples."""
-        return await self.run(lambda: _rows(self.execute_sql(sql, params)))
+    async def aexecute_sql(self, sql: str, params: Any = None) -> "Rows":
+        """Run a statement and read all its rows."""
+        return await self.run(lambda: Rows(self.execute_sql(sql, params)))
 
     async def aexecute(self, query: Any) -> Any:
         query.bind(self)
         return await self.run(query.execute)
 
     async def get(self, query: Any) -> Any:
-        query.bind(self)
-        return await self.run(query.get)
+        return await self._database_of(query).run(query.get)
 
     async def first(self, query: Any, n: int = 1) -> Any:
-        query.bind(self)
-        return await self.run(query.first, n=n)
+        return await self._database_of(query).run(query.first, n=n)
 
     async def list(self, query: Any) -> list[Any]:
-        query.bind(self)
-        return await self.run(list, query)
+        return await self._database_of(query).run(list, query)
 
     async def scalar(self, query: Any) -> Any:
-        query.bind(self)
-        return await self.run(query.scalar)
+        return await self._database_of(query).run(query.scalar)
 
     async def count(self, query: Any) -> int:
-        query.bind(self)
-        return await self.run(query.count)
+        return await self._database_of(query).run(query.count)
 
     async def exists(self, query: Any) -> bool:
-        query.bind(self)
-        return await self.run(query.exists)
+        return await self._database_of(query).run(query.exists)
 
     async def aprefetch(self, query: Any, *subqueries: Any) -> Any:
-        query.bind(self)
-        return await self.run(peewee.prefetch, query, *subqueries)
+        return await self._database_of(query).run(peewee.prefetch, query, *subqueries)
+
+    def _database_of(self, query: Any) -> "Database":
+        """The database that a query is bound to; this one if it is to none."""
+        db = query._database
+        if isinstance(db, peewee.Proxy):
+            db = db.obj
+        if db is None:
+            query.bind(self)
+            return self
+        if not isinstance(db, Database):
+            raise peewee.InterfaceError(
+                f"The query is bound to a {type(db).__name__}, which has no async methods. Make "
+                "its database with `fastapi_peewee.connect(url)`."
+            )
+        return db
+
+    async def aconnect(self) -> None:
+        """Hold a connection for this task, until `aclose()` or the end of the task."""
+        if self._state.bound_lease() is not None:
+            return
+        await self.__aenter__()
+        context: LeaseContext = self._state.ctx[-1]
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: context.abandon())
+
+    async def aclose(self) -> None:
+        """Give back what `aconnect()` holds.
+
+        Raises:
+            peewee.OperationalError: a transaction is open.
+        """
+        if self._state.bound_lease() is None:
+            return
+        if self.in_transaction():
+            raise peewee.OperationalError("Attempting to close database while transaction is open.")
+        await self.__aexit__(None, None, None)
 
     async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncIterator[Any]:
         """Yield a query's rows, read `buffer_size` at a time.
@@ -461,5 +492,18 @@ def _is_async(fn: Any) -> bool:
     )
 
 
-def _rows(cursor: Any) -> list[Any]:
-    return cursor.fetchall() if cursor.description else []
+class Rows(list[Any]):
+    """The rows of a cursor, read to its end, and what else it knew."""
+
+    def __init__(self, cursor: Any) -> None:
+        super().__init__(cursor.fetchall() if cursor.description else [])
+        self.description = cursor.description
+        self.rowcount: int = cursor.rowcount
+        self.lastrowid = getattr(cursor, "lastrowid", None)
+
+    def fetchall(self) -> list[Any]:
+        return list(self)
+
+    def fetchone(self) -> Any:
+        """The next row, or None; as from a cursor, it is then no longer there."""
+        return self.pop(0) if self else None

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
+import peewee
+
 from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
 from .state import Lease
@@ -200,7 +202,7 @@ class Pool:
         epoch = self._epoch
         try:
             conn = self._opener.open_connection()
-        except Exception as error:
+        except (peewee.OperationalError, peewee.InternalError, OSError) as error:
             raise DatabaseUnavailable(
                 "The database could not be reached: a new connection failed. Is the server "
                 "running, and are host, port, user, password and database in the URL right?"

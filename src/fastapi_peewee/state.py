@@ -49,6 +49,7 @@ __all__ = [
     "allow_sync",
     "called_by_generator",
     "closed_state",
+    "generation",
     "translate_driver_errors",
 ]
 
@@ -66,6 +67,11 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+def generation() -> int:
+    """How many forks ago this package was imported: what another one made isn't ours to use."""
+    return _generation
 
 
 def closed_state() -> dict[str, Any]:
