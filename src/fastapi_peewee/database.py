@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
@@ -371,7 +371,7 @@ class Database(peewee.Database):
             raise peewee.OperationalError("Attempting to close database while transaction is open.")
         await self.__aexit__(None, None, None)
 
-    async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncIterator[Any]:
+    async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncGenerator[Any, None]:
         """Yield a query's rows, read `buffer_size` at a time.
 
         Inside a block it reads through that block's connection. Otherwise it holds one of its own

@@ -1,0 +1,248 @@
+"""Programs that fork. `tests.test_everywhere` runs each in an interpreter of its own:
+
+DATABASE_URL=… python -m tests.forks after_a_query
+"""
+
+import asyncio
+import multiprocessing
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import peewee
+
+from fastapi_peewee import LeaseForked, connect
+
+db = connect(os.environ["DATABASE_URL"])
+
+
+class User(db.Model):
+    name = peewee.CharField(unique=True)
+
+
+def session() -> object:
+    """What tells a connection from all others, also those of other processes."""
+    if isinstance(db, peewee.PostgresqlDatabase):
+        return db.execute_sql("SELECT pg_backend_pid()").fetchone()[0]
+    if isinstance(db, peewee.MySQLDatabase):
+        return db.execute_sql("SELECT connection_id()").fetchone()[0]
+    return (os.getpid(), id(db.cursor().connection))
+
+
+def names() -> list[str]:
+    return sorted([user.name for user in User.select()])
+
+
+def in_child(code: Callable[[], object], *, end: Callable[[int], object] = sys.exit) -> int:
+    """Run code in a forked process, which ends as programs end: whatever it holds is finalised."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        code()
+    except SystemExit:
+        raise  # this child's own child
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        end(1)
+    end(0)
+    raise AssertionError("unreachable")
+
+
+def succeeded(pid: int) -> bool:
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def after_a_query() -> None:
+    """The child opens a connection of its own; the parent's stays as it is."""
+    User.create(name="parent, before")
+    before = session()
+    connection = db.connection()
+
+    def child() -> None:
+        assert db.is_closed()
+        assert db.connect(reuse_if_open=True)
+        assert session() != before
+        assert db.connection() is not connection
+        with db.atomic():
+            User.create(name="child")
+        assert db.close()
+        User.create(name="child, again")
+
+    assert succeeded(in_child(child))
+    assert not db.is_closed()
+    assert session() == before
+    assert db.connection() is connection
+    with db.atomic():
+        User.create(name="parent, after")
+    assert names() == ["child", "child, again", "parent, after", "parent, before"]
+
+
+async def warm_up(count: int = 3) -> set[object]:
+    """Fill the pool with connections."""
+    inside = asyncio.Barrier(count)
+
+    async def task() -> object:
+        async with db.connection_context():
+            await inside.wait()
+            return await db.run(session)
+
+    return set(await asyncio.gather(*(task() for _ in range(count))))
+
+
+def with_a_warm_pool() -> None:
+    """The child begins with an empty pool; the parent's connections stay in the parent's."""
+    sessions = asyncio.run(warm_up())
+    assert len(sessions) == db.pool_stats.idle == 3
+
+    def child() -> None:
+        assert db.pool_stats.idle == 0
+
+        async def code() -> None:
+            await User.acreate(name="child")
+            assert not sessions & await warm_up()
+            await db.close_pool()
+            await User.acreate(name="child, again")
+
+        asyncio.run(code())
+
+    assert succeeded(in_child(child))
+    assert db.pool_stats.idle == 3
+    assert asyncio.run(warm_up()) == sessions
+    assert asyncio.run(db.run(names)) == ["child", "child, again"]
+
+
+def inside_a_transaction() -> None:
+    """The child has no part in the parent's transaction, which commits as if nothing had been."""
+    with db.atomic():
+        User.create(name="parent, before")
+
+        def child() -> None:
+            assert not db.in_transaction()
+            assert names() == []
+
+        # A process that is forked inside a block doesn't leave the block: `multiprocessing` ends
+        # its children like this.
+        assert succeeded(in_child(child, end=os._exit))
+        assert db.in_transaction()
+        User.create(name="parent, after")
+    assert names() == ["parent, after", "parent, before"]
+
+
+def leaving_an_inherited_block() -> None:
+    """A child that leaves a block in which it was forked does nothing to the transaction."""
+    with db.atomic():
+        User.create(name="parent, before")
+        assert succeeded(in_child(lambda: None))  # by `sys.exit`, which passes through the block
+        User.create(name="parent, after")
+    assert names() == ["parent, after", "parent, before"]
+
+
+def inside_run() -> None:
+    """A connection lent before the fork is refused in the child; a new context gets a new one."""
+
+    def code() -> None:
+        with db.atomic():
+            User.create(name="parent, before")
+
+            def child() -> None:
+                try:
+                    User.select().count()
+                except LeaseForked:
+                    pass
+                else:
+                    raise AssertionError("not refused")
+                counts: list[int] = []
+                thread = threading.Thread(target=lambda: counts.append(User.select().count()))
+                thread.start()
+                thread.join()
+                assert counts == [0]
+
+            assert succeeded(in_child(child, end=os._exit))
+            User.create(name="parent, after")
+
+    asyncio.run(db.run(code))
+    assert asyncio.run(db.run(names)) == ["parent, after", "parent, before"]
+    assert db.pool_stats.in_use == 0
+
+
+def all_at_once() -> None:
+    """Children, their children and the parent write at the same time, each where it should."""
+    User.create(name="parent")
+    asyncio.run(warm_up())
+
+    def write(who: str) -> None:
+        for number in range(10):
+            User.create(name=f"{who} {number}")
+
+        async def code() -> None:
+            for number in range(10, 20):
+                await User.acreate(name=f"{who} {number}")
+
+        asyncio.run(code())
+
+    def child(who: str) -> None:
+        write(who)
+        grandchild = in_child(lambda: write(f"{who}'s child"))
+        write(f"{who}, again")
+        assert succeeded(grandchild)
+
+    children = [in_child(lambda who=who: child(f"child {who}")) for who in range(3)]  # type: ignore[misc]
+    write("parent")
+    assert [succeeded(pid) for pid in children] == [True] * 3
+    write("parent, again")
+    assert User.select().count() == 1 + 20 * (2 + 3 * 3)
+
+
+def job(number: int) -> object:
+    with db.connection_context():
+        User.create(name=f"job {number}")
+        return session()
+
+
+def async_job(number: int) -> None:
+    async def code() -> None:
+        async with db.atomic():
+            await User.acreate(name=f"async job {number}")
+
+    asyncio.run(code())
+
+
+def with_multiprocessing() -> None:
+    """`multiprocessing` forks processes from one with connections: all of them go on working."""
+    User.create(name="parent, before")
+    before = session()
+    sessions = asyncio.run(warm_up())
+
+    fork: Any = multiprocessing.get_context("fork")
+    with fork.Pool(2) as pool:
+        assert not {before, *sessions} & set(pool.map(job, range(10), chunksize=1))
+        pool.close()
+        pool.join()
+    processes = [fork.Process(target=async_job, args=(number,)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+    assert session() == before
+    assert asyncio.run(warm_up()) == sessions
+    User.create(name="parent, after")
+    assert User.select().count() == 14
+
+
+if __name__ == "__main__":
+    with db.connection_context():
+        db.create_tables([User])
+    globals()[sys.argv[1]]()
+    if isinstance(db, peewee.SqliteDatabase):
+        assert db.pragma("integrity_check") == "ok"
+    db.close()
+    asyncio.run(db.close_pool())
+    print("done")

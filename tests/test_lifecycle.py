@@ -1,0 +1,283 @@
+"""`Peewee(db)` at startup and shutdown, and in the documentation."""
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import peewee
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.testclient import TestClient
+
+from fastapi_peewee import (
+    BlockingQueryWarning,
+    Database,
+    InTransaction,
+    Peewee,
+    PeeweeRoute,
+    connect,
+    get_db,
+)
+from tests.apps import client, connected, make_app
+
+# Startup and shutdown.
+
+
+def declared(db: Database, lifespan: Any = None) -> FastAPI:
+    app = FastAPI(lifespan=lifespan)
+    Peewee(db).init_app(app)
+    return app
+
+
+def as_lifespan(db: Database, lifespan: Any = None) -> FastAPI:
+    assert lifespan is None
+    return FastAPI(lifespan=Peewee(db).lifespan)
+
+
+def both(db: Database, lifespan: Any = None) -> FastAPI:
+    assert lifespan is None
+    peewee = Peewee(db)
+    app = FastAPI(lifespan=peewee.lifespan)
+    peewee.init_app(app)
+    peewee.init_app(app)
+    return app
+
+
+WAYS = pytest.mark.parametrize("make", [declared, as_lifespan, both])
+
+
+@WAYS
+def test_the_pool_is_closed_at_shutdown_and_works_again_on_the_next_start(
+    database_url: str, make: Callable[..., FastAPI]
+) -> None:
+    """An application may be started and stopped several times, as tests do it."""
+    db = connect(database_url)
+    app = make(db)
+
+    @app.get("/", dependencies=[Depends(get_db)])
+    def endpoint() -> list[int]:
+        return [db.execute_sql("SELECT 1").fetchone()[0], db.pool_stats.in_use]
+
+    for starts in (1, 2):
+        with TestClient(app) as http:
+            for _ in range(3):
+                assert http.get("/").json() == [1, 1]
+            assert db.pool_stats.idle == 1
+            assert db.pool_stats.opened == starts
+        assert db.pool_stats.idle == 0
+        assert db.pool_stats.in_use == 0
+
+
+@WAYS
+def test_both_ways_to_declare_a_database_install_the_same(
+    sqlite_url: str, make: Callable[..., FastAPI]
+) -> None:
+    """`init_app` and `lifespan=` bring the scope and the error handlers, and do so once."""
+    db = connect(sqlite_url)
+
+    class Note(db.Model):
+        text = peewee.CharField()
+
+    app = make(db)
+    router = APIRouter(route_class=PeeweeRoute)
+
+    @router.get("/{number}")
+    def endpoint(number: int) -> str:
+        return str(Note.get_by_id(number).text)
+
+    @router.get("/")
+    async def plain() -> int:
+        return await db.run(lambda: db.pool_stats.in_use)
+
+    app.include_router(router)
+    with TestClient(app) as http:
+        with db:
+            db.create_tables([Note])
+        response = http.get("/7")
+        assert (response.status_code, response.json()) == (404, {"detail": "Note not found"})
+        assert http.get("/").json() == 1
+    assert len(app.user_middleware) == 1
+
+
+def test_the_lifespan_of_the_application_runs_inside_of_ours(database_url: str) -> None:
+    """The user's lifespan may use the database until its very end, and hands its state on."""
+    db = connect(database_url)
+    log: list[Any] = []
+
+    class Note(db.Model):
+        text = peewee.CharField()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        await db.acreate_tables([Note])
+        await Note.acreate(text="startup")
+        yield {"answer": 42}
+        log.append(await db.count(Note.select()))
+        log.append(db.pool_stats.idle)
+
+    app = declared(db, lifespan)
+
+    @app.get("/")
+    def endpoint(request: Request) -> Any:
+        Note.create(text="request")
+        return request.state.answer
+
+    with TestClient(app) as http:
+        assert http.get("/").json() == 42
+        assert log == []
+    assert log == [2, 1]
+    assert db.pool_stats.idle == 0
+
+
+def test_a_startup_that_fails_is_told_and_closes_the_pool(sqlite_url: str) -> None:
+    """What the user's lifespan raises stops the start; no connection stays open."""
+    db = connect(sqlite_url)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await db.run(db.execute_sql, "SELECT 1")
+        if app.title != "configured":
+            raise LookupError("no settings")
+        yield
+
+    with pytest.raises(LookupError, match="no settings"), TestClient(declared(db, lifespan)):
+        pass
+    assert db.pool_stats.opened == 1
+    assert db.pool_stats.idle == 0
+
+
+def test_a_sync_query_in_a_lifespan_warns(sqlite_url: str) -> None:
+    """Outside of requests, a query on the event loop runs, with a warning that names the place."""
+    db = connect(sqlite_url)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with pytest.warns(BlockingQueryWarning, match=r"await db\.run") as warnings:
+            found.append(db.execute_sql("SELECT 1").fetchone())
+        with db.allow_sync():
+            db.close()
+        assert {warning.filename for warning in warnings} == {__file__}
+        yield
+
+    found: list[Any] = []
+    with TestClient(declared(db, lifespan)):
+        assert found == [(1,)]
+
+
+async def test_shutdown_waits_for_connections_in_use(sqlite_url: str) -> None:
+    """The pool is closed when the last lease is back, and no request is cut."""
+    db = connect(sqlite_url)
+    app = declared(db)
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    @app.get("/")
+    def endpoint() -> int:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(10)
+        return int(db.execute_sql("SELECT 7").fetchone()[0])
+
+    async with client(app) as http:
+        async with app.router.lifespan_context(app):
+            request = asyncio.create_task(http.get("/"))
+            await begun.wait()
+            loop.call_later(0.05, go_on.set)
+        assert (await request).json() == 7
+    assert db.pool_stats.in_use == 0
+    assert db.pool_stats.idle == 0
+
+
+async def test_shutdown_waits_no_longer_than_its_grace(sqlite_url: str) -> None:
+    """After `grace` seconds the shutdown goes on; the straggler's connection is closed later."""
+    db = connect(sqlite_url)
+    app = FastAPI()
+    Peewee(db, grace=0.05).init_app(app)
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    @app.get("/")
+    def endpoint() -> None:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(10)
+        db.execute_sql("SELECT 1")
+
+    async with client(app) as http:
+        async with app.router.lifespan_context(app):
+            request = asyncio.create_task(http.get("/"))
+            await begun.wait()
+        assert not request.done()
+        go_on.set()
+        assert (await request).status_code == 200
+    assert db.pool_stats.idle == 0
+    assert (await db.aexecute_sql("SELECT 1")) == [(1,)]
+    await db.close_pool()
+
+
+def test_what_is_no_database_is_refused() -> None:
+    """`Peewee(…)` takes a database; a proxy must have been initialised."""
+    for wrong in (None, "sqlite:///app.db", peewee.DatabaseProxy(), peewee.Proxy()):
+        with pytest.raises(TypeError, match="database, initialised if it is a proxy"):
+            Peewee(wrong)
+
+
+async def test_the_dependencies_say_what_is_missing_without_init_app() -> None:
+    """`get_db` and `InTransaction` on an application without a database name `init_app`."""
+    app = FastAPI()
+    app.get("/get_db", dependencies=[Depends(get_db)])(lambda: 1)
+
+    @app.get("/transaction")
+    def endpoint(db: InTransaction) -> None: ...
+
+    async with client(app, raises=True) as http:
+        for path in ("/get_db", "/transaction"):
+            with pytest.raises(RuntimeError, match=r"init_app\(app\)"):
+                await http.get(path)
+
+
+# The documentation.
+
+
+async def test_openapi_documents_what_the_database_may_answer(sqlite_url: str) -> None:
+    """503 everywhere; 404 with path parameters; 409 where something is written."""
+    async with connected(sqlite_url) as db:
+        app = make_app(db)
+        plain = APIRouter()
+        for router in (app, plain):
+            name = "app" if router is app else "plain"
+            router.get(f"/{name}")(lambda: 1)
+            router.get(f"/{name}/{{number}}")(lambda number: number)
+            router.post(f"/{name}")(lambda: 1)
+            router.put(f"/{name}/{{number}}")(lambda number: number)
+        app.include_router(plain)
+        async with client(app) as http:
+            document = (await http.get("/openapi.json")).json()
+        found = {
+            f"{method} {path}": "".join(
+                status + " " for status in operation["responses"] if re.match("4|5", status)
+            ).split()
+            for path, operations in document["paths"].items()
+            for method, operation in operations.items()
+        }
+        for statuses in found.values():
+            statuses.sort()
+        assert found == {
+            "get /app": ["503"],
+            "get /app/{number}": ["404", "422", "503"],
+            "post /app": ["409", "503"],
+            "put /app/{number}": ["404", "409", "422", "503"],
+            "get /plain": ["503"],
+            "get /plain/{number}": ["422", "503"],
+            "post /plain": ["503"],
+            "put /plain/{number}": ["422", "503"],
+        }
+        responses = document["paths"]["/app/{number}"]["put"]["responses"]
+        for status, schema in (
+            ("404", "ErrorDetail"),
+            ("409", "FieldErrors"),
+            ("503", "ErrorDetail"),
+        ):
+            reference = responses[status]["content"]["application/json"]["schema"]["$ref"]
+            assert reference == f"#/components/schemas/{schema}"

@@ -1,0 +1,216 @@
+"""What Peewee says of `after_commit` holds, and what this library adds to it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastapi_peewee import Database
+from tests import modes
+from tests.modes import Mode, Oops, Seen, User, in_each_mode, oops_gets_out
+
+connected, db, mode, seen = modes.fixtures
+
+
+@pytest.fixture
+def calls() -> list[str]:
+    return []
+
+
+def note(calls: list[str], word: str) -> Callable[[], None]:
+    return lambda: calls.append(word)
+
+
+@in_each_mode
+async def test_after_commit_waits_for_the_commit(mode: Mode, seen: Seen) -> None:
+    """A function given to `after_commit` is called once, when the transaction is committed."""
+    calls = []
+
+    async with mode.block(mode.db.atomic()):
+        await mode.do(User.create, name="ann")
+        mode.db.after_commit(lambda: calls.append(seen()))
+        assert calls == []
+
+    assert calls == [["ann"]]
+    async with mode.block(mode.db.atomic()):
+        pass
+    assert calls == [["ann"]]
+
+
+@in_each_mode
+async def test_after_commit_is_called_at_once_outside(mode: Mode, calls: list[str]) -> None:
+    """Without a transaction, `after_commit` calls the function at once."""
+    mode.db.after_commit(note(calls, "now"))
+    assert calls == ["now"]
+
+
+@in_each_mode
+async def test_after_commit_returns_the_function(mode: Mode, calls: list[str]) -> None:
+    """`@db.after_commit` decorates: it returns the function it is given."""
+    async with mode.block(mode.db.atomic()):
+
+        @mode.db.after_commit
+        def callback() -> str:
+            calls.append("called")
+            return "result"
+
+        assert calls == []
+    assert calls == ["called"]
+    assert callback() == "result"
+
+
+@in_each_mode
+async def test_after_commit_never_follows_a_rollback(mode: Mode, calls: list[str]) -> None:
+    """What was given to `after_commit` is forgotten when the transaction is rolled back."""
+    with oops_gets_out():
+        async with mode.block(mode.db.atomic()):
+            mode.db.after_commit(note(calls, "raised"))
+            raise Oops
+    async with mode.block(mode.db.atomic()):
+        mode.db.after_commit(note(calls, "committed"))
+    assert calls == ["committed"]
+
+    async with mode.block(mode.db.atomic()) as txn:
+        mode.db.after_commit(note(calls, "rolled back"))
+        await mode.do(txn.rollback)
+        mode.db.after_commit(note(calls, "committed too"))
+    assert calls == ["committed", "committed too"]
+
+
+@in_each_mode
+async def test_after_commit_follows_an_explicit_commit(mode: Mode, calls: list[str]) -> None:
+    """`txn.commit()` calls what was registered before it, once; the end of the block the rest."""
+    async with mode.block(mode.db.atomic()) as txn:
+        mode.db.after_commit(note(calls, "first"))
+        await mode.do(txn.commit)
+        assert calls == ["first"]
+        mode.db.after_commit(note(calls, "second"))
+
+    assert calls == ["first", "second"]
+
+
+@in_each_mode
+async def test_after_commit_in_nested_blocks(mode: Mode, calls: list[str]) -> None:
+    """What nested blocks register is called after the outermost commit, in that order."""
+    async with mode.block(mode.db.atomic()):
+        mode.db.after_commit(note(calls, "outer"))
+        async with mode.block(mode.db.atomic()):
+            mode.db.after_commit(note(calls, "inner"))
+        assert calls == []
+        mode.db.after_commit(note(calls, "last"))
+
+    assert calls == ["outer", "inner", "last"]
+
+
+@in_each_mode
+async def test_after_commit_is_undone_with_its_savepoint(mode: Mode, calls: list[str]) -> None:
+    """What was registered in a savepoint that was rolled back is forgotten; the rest is not."""
+    async with mode.block(mode.db.atomic()):
+        mode.db.after_commit(note(calls, "outer"))
+        with oops_gets_out():
+            async with mode.block(mode.db.atomic()):
+                mode.db.after_commit(note(calls, "raised"))
+                raise Oops
+        async with mode.block(mode.db.atomic()) as savepoint:
+            mode.db.after_commit(note(calls, "rolled back"))
+            await mode.do(savepoint.rollback)
+            mode.db.after_commit(note(calls, "inner"))
+
+    assert calls == ["outer", "inner"]
+
+
+@in_each_mode
+async def test_an_after_commit_callback_may_query(mode: Mode, seen: Seen) -> None:
+    """A callback runs outside of the transaction: it may query, and begin one of its own."""
+
+    def follow_up() -> None:
+        assert not mode.db.in_transaction()
+        with mode.db.atomic():
+            User.create(name="bob")
+            mode.db.after_commit(lambda: User.create(name="cid"))
+
+    async with mode.block(mode.db.atomic()):
+        await mode.do(User.create, name="ann")
+        mode.db.after_commit(follow_up)
+
+    assert seen() == ["ann", "bob", "cid"]
+
+
+@in_each_mode
+async def test_a_failing_callback_harms_nobody(
+    mode: Mode, seen: Seen, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A callback that raises is logged; the transaction stays committed, the others are called."""
+
+    def fail() -> None:
+        raise Oops
+
+    async with mode.block(mode.db.atomic()):
+        await mode.do(User.create, name="ann")
+        mode.db.after_commit(note(calls, "before"))
+        mode.db.after_commit(fail)
+        mode.db.after_commit(note(calls, "after"))
+
+    assert calls == ["before", "after"]
+    assert seen() == ["ann"]
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[0] is Oops
+
+
+@in_each_mode
+def test_after_commit_follows_sessions(mode: Mode, calls: list[str]) -> None:
+    """`session_commit` calls what the session has registered; `session_rollback` forgets it."""
+    mode.db.session_start()
+    mode.db.after_commit(note(calls, "rolled back"))
+    mode.db.session_rollback()
+    mode.db.session_start()
+    mode.db.after_commit(note(calls, "committed"))
+    mode.db.session_commit()
+
+    assert calls == ["committed"]
+
+
+@in_each_mode
+def test_after_commit_is_refused_in_manual_commit(mode: Mode) -> None:
+    """Inside `manual_commit` nobody knows when a commit comes: `after_commit` raises."""
+    with mode.db.manual_commit(), pytest.raises(ValueError, match="manual"):
+        mode.db.after_commit(print)
+
+
+def test_after_commit_refuses_coroutine_functions_where_nothing_awaits_them(db: Database) -> None:
+    """An `async` function that no event loop would await is refused."""
+
+    async def callback() -> None: ...
+
+    with db.atomic(), pytest.raises(ValueError, match="event loop"):
+        db.after_commit(callback)
+
+
+async def test_after_commit_awaits_coroutine_functions(db: Database, seen: Seen) -> None:
+    """An `async` function is awaited on the event loop, once the connection is given back."""
+    calls: list[Any] = []
+    loop = asyncio.get_running_loop()
+
+    async def callback() -> None:
+        assert asyncio.get_running_loop() is loop
+        calls.append((seen(), db.pool_stats.in_use))
+
+    def code() -> None:
+        with db.atomic():
+            User.create(name="bob")
+            db.after_commit(callback)
+
+    async with db.atomic():
+        await User.acreate(name="ann")
+        db.after_commit(callback)
+        assert calls == []
+    assert calls == [(["ann"], 0)]
+    await db.run(code)
+    assert calls[1:] == [(["ann", "bob"], 0)]
+    with oops_gets_out():
+        async with db.atomic():
+            db.after_commit(callback)
+            raise Oops
+    assert len(calls) == 2

@@ -1,0 +1,150 @@
+"""What Peewee documents of statements, errors, logging, hooks and `get_or_create`."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import peewee
+import pytest
+
+from fastapi_peewee import Database
+from tests import modes
+from tests.modes import (
+    Mode,
+    Note,
+    Seen,
+    User,
+    in_each_mode,
+)
+
+connected, db, mode, seen = modes.fixtures
+
+
+@in_each_mode
+def test_execute_sql(mode: Mode) -> None:
+    """`execute_sql` takes SQL and parameters, and returns a cursor."""
+    db = mode.db
+    for name in ("ann", "bob", "cid"):
+        User.create(name=name)
+
+    statement = f"SELECT name FROM {db.quote[0]}user{db.quote[1]} WHERE name <> {db.param}"
+    cursor = db.execute_sql(f"{statement} ORDER BY name", ("bob",))
+    assert [column[0] for column in cursor.description] == ["name"]
+    assert cursor.fetchone() == ("ann",)
+    assert list(cursor.fetchall()) == [("cid",)]
+    assert list(db.execute_sql(f"{statement} ORDER BY name", ["ann"])) == [("bob",), ("cid",)]
+
+
+@in_each_mode
+def test_execute_compiles_a_query(mode: Mode) -> None:
+    """`execute` compiles a query and runs it; `rows_affected` says how many rows it changed."""
+    db = mode.db
+    assert db.rows_affected(db.execute(User.insert(name="ann"))) == 1
+    cursor = db.execute(User.select(User.name))
+    assert list(cursor.fetchall()) == [("ann",)]
+
+
+@in_each_mode
+async def test_driver_errors_become_peewees(mode: Mode) -> None:
+    """Whatever the driver raises reaches the caller as an exception of Peewee's."""
+
+    async def error_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> peewee.DatabaseError:
+        with pytest.raises(peewee.PeeweeException) as raised:
+            await mode.do(fn, *args, **kwargs)
+        assert isinstance(raised.value, peewee.DatabaseError)
+        return raised.value
+
+    await mode.do(User.create, name="ann")
+    assert isinstance(await error_of(User.create, name="ann"), peewee.IntegrityError)
+    missing = await error_of(mode.db.execute_sql, "SELECT 1 FROM nowhere")
+    assert isinstance(missing, (peewee.ProgrammingError, peewee.OperationalError))
+
+
+@in_each_mode
+async def test_queries_are_logged(mode: Mode, caplog: pytest.LogCaptureFixture) -> None:
+    """Each query is logged to "peewee" at level DEBUG, with its parameters."""
+    with caplog.at_level(logging.DEBUG, "peewee"):
+        await mode.do(User.create, name="ann")
+
+    (record,) = (record for record in caplog.records if record.name == "peewee")
+    pair: Any = record.msg
+    assert pair[0].startswith("INSERT INTO")
+    assert pair[1] == ["ann"]
+
+
+@in_each_mode
+async def test_query_hooks(mode: Mode) -> None:
+    """Each function in `query_hooks` is told of each query, with its duration and its error."""
+    events: list[Any] = []
+    mode.db.query_hooks.append(events.append)
+
+    await mode.do(User.create, name="ann")
+    with pytest.raises(peewee.IntegrityError) as raised:
+        await mode.do(User.create, name="ann")
+    mode.db.query_hooks.remove(events.append)
+    await mode.do(User.create, name="bob")
+
+    first, second = events
+    assert first.sql.startswith("INSERT INTO")
+    assert first.params == ["ann"]
+    assert 0 <= first.duration < 60
+    assert first.exception is None
+    assert second.exception is raised.value
+
+
+@in_each_mode
+async def test_get_or_create(mode: Mode) -> None:
+    """`get_or_create` returns the row, and whether it had to make it, with these defaults."""
+    ann, created = await mode.do(User.get_or_create, name="ann")
+    assert created
+    assert await mode.do(User.get_or_create, name="ann") == (ann, False)
+
+    first, created = await mode.do(Note.get_or_create, user=ann, defaults={"text": "first"})
+    assert (created, first.text) == (True, "first")
+    again, created = await mode.do(Note.get_or_create, user=ann, defaults={"text": "second"})
+    assert (created, again.text) == (False, "first")
+
+
+class LateInserts:
+    """Lets nobody insert before two have selected in vain."""
+
+    def __init__(self) -> None:
+        self.together = threading.Barrier(2, timeout=30)
+        self.waited = threading.local()
+
+    def __call__(self, event: Any) -> None:
+        if event.sql.startswith("SELECT") and not getattr(self.waited, "once", False):
+            self.waited.once = True
+            self.together.wait()
+
+
+def test_get_or_create_race_of_threads(db: Database, seen: Seen) -> None:
+    """Of two threads that find a row missing one creates it; the other gets it then."""
+    db.query_hooks.append(LateInserts())
+
+    def job(_: int) -> Any:
+        with db.connection_context():
+            return User.get_or_create(name="ann")
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, created), (second, also_created) = pool.map(job, range(2))
+
+    assert first == second
+    assert {created, also_created} == {True, False}
+    assert seen() == ["ann"]
+
+
+async def test_get_or_create_race_of_tasks(db: Database, seen: Seen) -> None:
+    """Of two tasks that find a row missing one creates it; the other gets it then."""
+    db.query_hooks.append(LateInserts())
+
+    (first, created), (second, also_created) = await asyncio.gather(
+        User.aget_or_create(name="ann"), User.aget_or_create(name="ann")
+    )
+
+    assert first == second
+    assert {created, also_created} == {True, False}
+    assert seen() == ["ann"]

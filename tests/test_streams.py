@@ -1,0 +1,239 @@
+"""What comes after a response has started: streams and background tasks."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from fastapi import BackgroundTasks, Depends
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+from fastapi.sse import EventSourceResponse
+
+from fastapi_peewee import Database, NoLease, PeeweeRoute, get_db
+from tests.apps import BLOCKS, back_to_rest, chain, client, make_app, refusal, walk_away
+from tests.apps import db as db
+from tests.apps import no_collector as no_collector
+from tests.apps import note as note
+
+ROUTES = pytest.mark.parametrize("route_class", [PeeweeRoute, APIRoute])
+HOLDING = [Depends(get_db)]
+
+
+# Background tasks.
+
+
+@ROUTES
+@pytest.mark.parametrize("kind", ["def", "async"])
+async def test_background_tasks_that_are_async(
+    db: Database, note: Any, route_class: type[APIRoute], kind: str
+) -> None:
+    """An `async` background task takes leases of its own, and holds none while it waits."""
+    app = make_app(db, route_class)
+    seen: list[int] = []
+
+    async def task() -> None:
+        seen.append(db.pool_stats.in_use)
+        async with db.atomic():
+            await note.acreate(text="a")
+            seen.append(db.pool_stats.in_use)
+        seen.append(db.pool_stats.in_use)
+
+    def plain(tasks: BackgroundTasks) -> None:
+        tasks.add_task(task)
+
+    async def coroutine(tasks: BackgroundTasks) -> None:
+        tasks.add_task(task)
+
+    endpoint: Any = plain if kind == "def" else coroutine
+    app.get("/", dependencies=HOLDING)(endpoint)
+    async with client(app) as http:
+        assert (await http.get("/")).status_code == 200
+    assert seen == [0, 1, 0]
+    assert await db.count(note.select()) == 1
+
+
+@pytest.mark.parametrize("kind", ["def", "async"])
+async def test_background_tasks_that_are_sync(db: Database, note: Any, kind: str) -> None:
+    """On PeeweeRoute a `def` background task runs its queries under a lease of its own."""
+    app = make_app(db)
+
+    def task(text: str) -> None:
+        note.create(text=text)
+        assert db.pool_stats.in_use == 1
+
+    def plain(tasks: BackgroundTasks) -> None:
+        tasks.add_task(task, "a")
+        tasks.add_task(task, text="b")
+
+    async def coroutine(tasks: BackgroundTasks) -> None:
+        plain(tasks)
+
+    endpoint: Any = plain if kind == "def" else coroutine
+    app.get("/", dependencies=HOLDING)(endpoint)
+    async with client(app, raises=True) as http:
+        assert (await http.get("/")).status_code == 200
+    assert await db.count(note.select()) == 2
+
+
+async def test_sync_background_tasks_of_plain_routes_are_refused_unless_they_say_how(
+    db: Database, note: Any
+) -> None:
+    """On a plain route, a `def` background task gets `NoLease`, or enters `connection_context`."""
+    app = make_app(db, APIRoute)
+
+    def careless() -> None:
+        note.create(text="a")
+
+    def careful() -> None:
+        with db.connection_context():
+            note.create(text="b")
+
+    @app.get("/{name}")
+    def endpoint(name: str, tasks: BackgroundTasks) -> None:
+        tasks.add_task({"careless": careless, "careful": careful}[name])
+
+    async with client(app, raises=True) as http:
+        with refusal(NoLease, r"db\.run"):
+            await http.get("/careless")
+        await http.get("/careful")
+    assert [row.text for row in await note.select().aexecute()] == ["b"]
+
+
+# Streams.
+
+
+@pytest.fixture
+async def numbered(db: Database, note: Any) -> Any:
+    await note.abulk_create([note(text=f"{n:03}") for n in range(100)])
+    return note
+
+
+@pytest.mark.parametrize("kind", ["returned", "response_class", "json lines", "events"])
+async def test_a_stream_takes_a_connection_of_its_own(
+    db: Database, numbered: Any, kind: str
+) -> None:
+    """An async generator streams a query; `get_db`'s connection has gone back before."""
+    app = make_app(db)
+
+    async def rows() -> AsyncIterator[Any]:
+        async for row in db.iterate(numbered.select().order_by(numbered.text), buffer_size=7):
+            last[:] = [db.pool_stats.in_use]
+            yield row.text
+
+    last: list[int] = []
+
+    if kind == "returned":
+
+        @app.get("/", dependencies=HOLDING)
+        def endpoint() -> StreamingResponse:
+            return StreamingResponse(rows())
+
+    else:
+        response_class: Any = {
+            "response_class": StreamingResponse,
+            "events": EventSourceResponse,
+        }.get(kind)
+        options = {"response_class": response_class} if response_class else {}
+        app.get("/", dependencies=HOLDING, **options)(rows)
+    async with client(app) as http:
+        response = await http.get("/")
+    assert [text in response.text for text in ("000", "050", "099")] == [True] * 3
+    assert last == [1]
+    await back_to_rest(db)
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+@pytest.mark.parametrize("kind", ["iterate", "atomic", "json lines", "events"])
+async def test_a_client_that_walks_away_from_a_stream(
+    db: Database, numbered: Any, kind: str, spec_version: str
+) -> None:
+    """A stream that is cut is rolled back, and its connection is given back, soon."""
+    app = make_app(db)
+
+    async def rows() -> AsyncIterator[Any]:
+        if kind == "iterate":
+            async for row in db.iterate(numbered.select(), buffer_size=7):
+                yield row.text
+            return
+        async with db.atomic():
+            await numbered.acreate(text="written")
+            for number in range(10_000):
+                yield str(number)
+                await db.run(numbered.get, text="000")
+
+    options: dict[str, Any] = {"response_class": StreamingResponse}
+    if kind == "json lines":
+        options = {}
+    elif kind == "events":
+        options = {"response_class": EventSourceResponse}
+    app.get("/", **options)(rows)
+    for _ in range(2 * db.pool.size):
+        assert await walk_away(app, "/", after=3, spec_version=spec_version)
+        await back_to_rest(db)
+    assert await db.count(numbered.select()) == 100
+
+
+@pytest.mark.usefixtures("no_collector")
+@ROUTES
+@pytest.mark.parametrize("returned", [True, False])
+async def test_a_sync_generator_with_a_connection_context_inside(
+    db: Database, numbered: Any, route_class: type[APIRoute], returned: bool
+) -> None:
+    """A sync generator streams a query's rows inside `with db.connection_context()`."""
+    app = make_app(db, route_class)
+
+    def rows() -> Iterator[str]:
+        with db.connection_context():
+            for row in numbered.select().order_by(numbered.text).iterator():
+                yield row.text + "\n"
+
+    if returned:
+        app.get("/", response_model=None)(lambda: StreamingResponse(rows()))
+    else:
+        app.get("/", response_class=StreamingResponse)(rows)
+    async with client(app) as http:
+        response = await http.get("/")
+    assert response.text.split() == [f"{n:03}" for n in range(100)]
+    assert db.pool_stats.in_use == 0
+    for _ in range(2 * db.pool.size):
+        await walk_away(app, "/", after=3)
+        await back_to_rest(db)
+
+
+async def test_a_sync_generator_without_a_connection_is_refused(
+    db: Database, numbered: Any
+) -> None:
+    """A sync generator that just queries gets `NoLease`: nothing would give its lease back."""
+    app = make_app(db)
+
+    @app.get("/", response_class=StreamingResponse, dependencies=HOLDING)
+    def rows() -> Iterator[str]:
+        for row in numbered.select():
+            yield row.text
+
+    async with client(app, raises=True) as http:
+        with refusal(NoLease, r"db\.connection_context"):
+            await http.get("/")
+
+
+@pytest.mark.parametrize("block", ["with db", "connection_context"])
+async def test_several_queries_in_a_sync_generator(db: Database, numbered: Any, block: str) -> None:
+    """Each step of a sync generator has a context of its own: no query runs on a wrong connection.
+
+    It finds its block's lease, or is refused; in either case the lease is given back.
+    """
+    app = make_app(db)
+
+    @app.get("/", response_class=StreamingResponse)
+    def rows() -> Iterator[str]:
+        with BLOCKS[block](db):
+            for number in range(3):
+                yield numbered.get(text=f"{number:03}").text
+
+    async with client(app, raises=True) as http:
+        try:
+            assert (await http.get("/")).text == "000001002"
+        except Exception as error:
+            assert any(isinstance(cause, NoLease) for cause in chain(error))  # noqa: PT017
+    await back_to_rest(db)
