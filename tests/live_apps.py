@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import peewee
@@ -94,6 +95,23 @@ def sql_app_with_quick_hashes() -> ASGIApp:
     quick = PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),))
     PasswordHash.recommended = lambda: quick  # type: ignore[method-assign]
     return sql_app()
+
+
+def sql_app_starting_together() -> ASGIApp:
+    """`sql_app` in several processes: each starts when `TOGETHER` of them have left their mark in
+    the folder `MEETING`, and so are ready for it."""
+    app = sql_app()
+    meeting = Path(os.environ["MEETING"])
+
+    async def together(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            (meeting / str(os.getpid())).touch()
+            async with asyncio.timeout(60):
+                while len(os.listdir(meeting)) < int(os.environ["TOGETHER"]):
+                    await asyncio.sleep(0.001)
+        await app(scope, receive, send)
+
+    return together
 
 
 class Mixed(HTTPException):

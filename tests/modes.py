@@ -10,7 +10,7 @@ another::
             await mode.do(User.create, name="ann")
         assert seen() == ["ann"]
 
-A test module takes these fixtures with `connected, db, mode, seen = modes.fixtures`.
+A test module takes these fixtures with `connected, db, mode, observer, seen = modes.fixtures`.
 """
 
 import asyncio
@@ -189,18 +189,20 @@ def _with_tables(database: Database) -> Iterator[Database]:
 
 
 @pytest.fixture
-def seen(database_url: str) -> Iterator[Seen]:
-    """The names of the users that have been committed: those that plain Peewee sees."""
-    observer = plain(database_url)
-
-    def names() -> list[str]:
-        return [name for (name,) in observer.execute(User.select(User.name).order_by(User.id))]
-
-    yield names
-    observer.close()
+def observer(database_url: str) -> Iterator[Any]:
+    """A database of plain Peewee's, with one connection, which sees only what was committed."""
+    with closing(plain(database_url)) as database:
+        yield database
 
 
-fixtures = connected, db, mode, seen
+@pytest.fixture
+def seen(observer: Any) -> Seen:
+    """The names of the users that have been committed."""
+    query = User.select(User.name).order_by(User.id)
+    return lambda: [name for (name,) in observer.execute(query)]
+
+
+fixtures = connected, db, mode, observer, seen
 
 
 def plain(url: str, **options: Any) -> peewee.Database:

@@ -24,10 +24,9 @@ from tests.modes import (
     User,
     connections_become,
     open_connections,
-    plain,
 )
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 _ROOT = Path(__file__).parents[1]
 _MODELS = """
@@ -172,11 +171,10 @@ def test_several_event_loops(project: Project) -> None:
 # pwmigrate
 
 
-def test_pwmigrate(project: Project, database_url: str) -> None:
+def test_pwmigrate(project: Project, observer: Any) -> None:
     """Peewee's `pwmigrate` makes migrations for the database, applies, lists and reverts them."""
     pwmigrate = Path(sys.executable).with_name("pwmigrate")
     project.write(".pwmigrate", "database = models.db\nmodels = models\n")
-    observer = plain(database_url)
 
     def columns() -> list[str]:
         return [column.name for column in observer.get_columns("user")]
@@ -198,7 +196,6 @@ def test_pwmigrate(project: Project, database_url: str) -> None:
     assert project.run(pwmigrate, "down") == "reverted: 0002_add_karma\n"
     assert columns() == ["id", "name"]
     assert project.run(pwmigrate, "create", "by hand") == "migrations/0003_by_hand.py\n"
-    observer.close()
 
 
 # Tests

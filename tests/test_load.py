@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import peewee
@@ -479,14 +480,20 @@ async def test_threads_that_wait_for_a_connection_do_not_starve_the_requests_tha
 
 @pytest.mark.slow
 async def test_servers_that_start_at_once_on_an_empty_database_all_start(
-    database_url: str,
+    database_url: str, tmp_path: Path
 ) -> None:
-    """`sql_app` creates its tables at start, also when four of its processes start together."""
+    """`sql_app` creates its tables at start, also when six of its processes start together."""
 
     def started() -> int:
-        with serve("sql_app", DATABASE_URL=database_url) as server:
+        with serve(
+            "sql_app_starting_together",
+            DATABASE_URL=database_url,
+            MEETING=str(tmp_path / "meeting"),
+            TOGETHER="6",
+        ) as server:
             return asyncio.run(live.ask(server, "/users/")).status
 
-    with ThreadPoolExecutor(4) as pool:
-        statuses = [pool.submit(started) for _ in range(4)]
-    assert [status.result() for status in statuses] == [200] * 4
+    (tmp_path / "meeting").mkdir()
+    with ThreadPoolExecutor(6) as pool:
+        statuses = [pool.submit(started) for _ in range(6)]
+    assert [status.result() for status in statuses] == [200] * 6

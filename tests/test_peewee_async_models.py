@@ -16,7 +16,7 @@ from tests.modes import (
     on,
 )
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from tests.modes import (
     Seen,
     User,
     on,
-    plain,
 )
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 
 @pytest.fixture
@@ -145,10 +144,9 @@ async def test_aexecute_needs_a_database(db: Database) -> None:
         await peewee.Table("user").select().aexecute()
 
 
-async def test_aexecute_needs_an_async_database(database_url: str) -> None:
+async def test_aexecute_needs_an_async_database(observer: Any) -> None:
     """`aexecute` raises `AttributeError` for a query bound to a database of Peewee's own."""
-    database = plain(database_url)
-    with database.bind_ctx([User]), pytest.raises(AttributeError):
+    with observer.bind_ctx([User]), pytest.raises(AttributeError):
         await User.select().aexecute()
 
 

@@ -23,7 +23,7 @@ from tests.modes import (
     oops_gets_out,
 )
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 
 @pytest.fixture

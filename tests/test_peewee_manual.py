@@ -9,9 +9,9 @@ import pytest
 
 from fastapi_peewee import Database
 from tests import modes
-from tests.modes import Mode, Oops, Seen, User, in_each_mode, on, oops_gets_out, plain
+from tests.modes import Mode, Oops, Seen, User, in_each_mode, on, oops_gets_out
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 
 @in_each_mode
@@ -131,12 +131,12 @@ def test_a_batch_that_is_left_is_rolled_back(mode: Mode, seen: Seen) -> None:
 
 @on("sqlite")
 @in_each_mode
-async def test_sqlite_lock_types(mode: Mode, seen: Seen, database_url: str) -> None:
+async def test_sqlite_lock_types(mode: Mode, seen: Seen, observer: Any) -> None:
     """On SQLite, `atomic` and `transaction` take a lock type: who may write meanwhile?"""
-    other = plain(database_url, timeout=0)
+    observer.timeout = 0
 
     def write(name: str) -> None:
-        with other.bind_ctx([User]):
+        with observer.bind_ctx([User]):
             User.insert(name=name).execute()
 
     for begin in (mode.db.atomic, mode.db.transaction):
@@ -147,20 +147,18 @@ async def test_sqlite_lock_types(mode: Mode, seen: Seen, database_url: str) -> N
         async with mode.block(begin(lock_type="DEFERRED")):
             write(begin.__name__)
     assert seen() == ["atomic", "transaction"]
-    other.close()
 
 
 @on("postgres", "mysql")
 @in_each_mode
-async def test_isolation_levels(mode: Mode, database_url: str) -> None:
+async def test_isolation_levels(mode: Mode, observer: Any) -> None:
     """On PostgreSQL and MySQL, `atomic` and `transaction` take an isolation level."""
-    other = plain(database_url)
     names = iter("abcdefgh")
 
     async def sees_commits_of_others(block: Any) -> bool:
         async with mode.block(block):
             before = await mode.do(lambda: User.select().count())
-            other.execute(User.insert(name=next(names)))
+            observer.execute(User.insert(name=next(names)))
             after = await mode.do(lambda: User.select().count())
             return bool(after == before + 1)
 
@@ -169,14 +167,12 @@ async def test_isolation_levels(mode: Mode, database_url: str) -> None:
         assert await sees_commits_of_others(begin(isolation_level="READ COMMITTED"))
         assert not await sees_commits_of_others(begin("REPEATABLE READ"))
         assert not await sees_commits_of_others(begin(isolation_level="REPEATABLE READ"))
-    other.close()
 
 
 @on("postgres", "mysql")
 @in_each_mode
-async def test_the_isolation_level_is_for_one_transaction(mode: Mode, database_url: str) -> None:
+async def test_the_isolation_level_is_for_one_transaction(mode: Mode, observer: Any) -> None:
     """The transaction after one with an isolation level has the database's own again."""
-    other = plain(database_url)
     repeatable = isinstance(mode.db, peewee.MySQLDatabase)  # is what it does by default
 
     async with mode.block(mode.db.connection_context()):
@@ -184,9 +180,8 @@ async def test_the_isolation_level_is_for_one_transaction(mode: Mode, database_u
             await mode.do(lambda: User.select().count())
         async with mode.block(mode.db.atomic()):
             assert await mode.do(lambda: User.select().count()) == 0
-            other.execute(User.insert(name="ann"))
+            observer.execute(User.insert(name="ann"))
             assert await mode.do(lambda: User.select().count()) == (0 if repeatable else 1)
-    other.close()
 
 
 @on("postgres")

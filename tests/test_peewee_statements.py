@@ -20,7 +20,7 @@ from tests.modes import (
     in_each_mode,
 )
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 
 @in_each_mode

@@ -13,7 +13,7 @@ from fastapi_peewee import Database
 from tests import modes
 from tests.modes import Mode, Note, Oops, Seen, Test, User, in_each_mode, oops_gets_out
 
-connected, db, mode, seen = modes.fixtures
+connected, db, mode, observer, seen = modes.fixtures
 
 
 @in_each_mode

@@ -39,6 +39,7 @@ class _Block:
     _generation: int
     _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
     _lease: Lease  # entered with `async with`
+    _left: bool
     _entered: Any
     _outer: Any
 
@@ -103,12 +104,29 @@ class _Block:
             # If so, the task was cancelled meanwhile, and nobody else will leave the block.
             await leave(db, lease, partial(self._end, error) if entered else _nothing)
             raise
-        self._lease = lease
+        self._lease, self._left = lease, False
+        request = RequestScope.current.get()
+        if request is not None:
+            request.blocks[self] = asyncio.current_task()
         return lease
 
     async def aexit_unbound(self, error: BaseException | None = None) -> None:
+        if self._left:
+            return
+        self._left = True
+        request = RequestScope.current.get()
+        if request is not None:
+            request.blocks.pop(self, None)
         await leave(self.db, self._lease, partial(self._end, error))
         await run_follow_ups(self._lease)
+
+    async def abandon(self) -> None:
+        """Roll back a block that nobody will leave, since its task or its request is over.
+
+        An async generator that is not read to its end is closed when it is collected, which may
+        take its time: a stream whose client has gone is such a one.
+        """
+        await self.aexit_unbound(asyncio.CancelledError())
 
     async def acommit(self) -> None:
         await self.db.run(self.commit)  # type: ignore[attr-defined]
@@ -276,13 +294,5 @@ class LeaseContext(_Block, ConnectionContext):
         lease.turn.acquire_blocking(None)
         self.db.pool.give_back(lease)
 
-    def abandon(self) -> None:
-        """End it if its task has ended without leaving it; on the event loop."""
-        if not self._lease.ended:
-            leaving = asyncio.ensure_future(self.aexit_unbound())
-            _leaving.add(leaving)
-            leaving.add_done_callback(_leaving.discard)
-
 
 _sharing = threading.Lock()
-_leaving: set[asyncio.Future[None]] = set()  # the loop itself keeps only weak references

@@ -7,7 +7,7 @@ somebody else, nor lose its slot.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import copy_context
 from threading import get_ident
@@ -154,10 +154,15 @@ async def run_follow_ups(lease: Lease) -> None:
             except Exception:
                 logger.exception("An after_commit callback failed; its transaction is committed.")
 
-    task = asyncio.ensure_future(run())
+    await asyncio.shield(detached(run()))
+
+
+def detached(work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:
+    """Start a task that lives on if the caller is cancelled."""
+    task = asyncio.ensure_future(work)
     _running.add(task)
     task.add_done_callback(_running.discard)
-    await asyncio.shield(task)
+    return task
 
 
 _running: set[asyncio.Future[None]] = set()  # the loop itself keeps only weak references

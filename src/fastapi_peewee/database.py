@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import peewee
 
 from .blocks import Atomic, LeaseContext, Savepoint, Transaction
-from .calls import Call, result_of, run_follow_ups
+from .calls import Call, detached, result_of, run_follow_ups
 from .pool import Pool, PoolStats
 from .state import Lease, PeeweeConnectionState, allow_sync, translate_driver_errors
 from .verbs import AsyncModel
@@ -357,7 +357,7 @@ class Database(peewee.Database):
         context: LeaseContext = self._state.ctx[-1]
         task = asyncio.current_task()
         assert task is not None
-        task.add_done_callback(lambda _: context.abandon())
+        task.add_done_callback(lambda _: detached(context.abandon()))
 
     async def aclose(self) -> None:
         """Give back what `aconnect()` holds.

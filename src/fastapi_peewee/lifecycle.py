@@ -4,7 +4,6 @@ The middleware gives every request a scope, in which nothing is held until somet
 """
 
 import asyncio
-import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeAlias
@@ -16,10 +15,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .blocks import leave
-from .calls import run_follow_ups
+from .calls import detached, run_follow_ups
 from .database import Database
 from .handlers import UNAVAILABLE, add_handlers
-from .routing import PeeweeRoute
+from .routing import PeeweeRoute, is_generator
 from .state import Lease, PeeweeConnectionState, RequestScope, closed_state
 
 
@@ -166,6 +165,12 @@ def _in_transaction(held: Lease | dict[str, Any]) -> bool:
 
 async def _release(request: RequestScope, *, over: bool = False) -> None:
     """Give back what the request holds; blocks of its threads keep theirs until it is over."""
+    if over:
+        # A block left open by the request's own task, or by one that has ended, is in a generator
+        # that nobody reads any more.
+        for block, task in reversed(list(request.blocks.items())):
+            if task is asyncio.current_task() or task.done():
+                await asyncio.shield(detached(block.abandon()))
     for state, held in list(request.leases.items()):
         if not over and isinstance(held, Lease) and held.contexts:
             continue
@@ -174,22 +179,17 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
         if not isinstance(held, Lease):
             await run_in_threadpool(_close, db, held)
             continue
-        leaving = asyncio.ensure_future(_leave(db, held))
-        if held.turn.held:
-            # Still in use, by a task of this request: the response doesn't wait for that, since the
-            # task may wait for the response, as the producer of an event stream does.
-            _leaving.add(leaving)
-            leaving.add_done_callback(_leaving.discard)
-        else:
+        in_use = held.turn.held
+        leaving = detached(_leave(db, held))
+        # A task of this request may still use it. The response doesn't wait for that, since the
+        # task may wait for the response, as the producer of an event stream does.
+        if not in_use:
             await asyncio.shield(leaving)
 
 
 async def _leave(db: Database, lease: Lease) -> None:
     await leave(db, lease, lambda _: None)
     await run_follow_ups(lease)
-
-
-_leaving: set[asyncio.Future[None]] = set()  # the loop itself keeps only weak references
 
 
 def _close(db: Any, state: dict[str, Any]) -> None:
@@ -274,8 +274,7 @@ async def transaction(connection: HTTPConnection) -> AsyncIterator[Database]:
     Raises:
         RuntimeError: the endpoint is a generator, whose body would run after the commit.
     """
-    endpoint = connection.scope.get("endpoint")
-    if inspect.isgeneratorfunction(endpoint) or inspect.isasyncgenfunction(endpoint):
+    if is_generator(connection.scope.get("endpoint")):
         raise RuntimeError(
             "A transaction dependency ends before the body of a generator endpoint begins. Enter "
             "`async with db.atomic():` inside the generator."

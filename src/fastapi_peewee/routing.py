@@ -93,9 +93,13 @@ def _runs_in_thread(endpoint: Any) -> bool:
     return (
         getattr(endpoint, "_fastapi_peewee_lease", True)
         and not _is_coroutine_callable(endpoint)
-        and not _is_gen_callable(endpoint)
-        and not _is_async_gen_callable(endpoint)
+        and not is_generator(endpoint)
     )
+
+
+def is_generator(endpoint: Any) -> bool:
+    """Whether FastAPI streams what this endpoint yields."""
+    return _is_gen_callable(endpoint) or _is_async_gen_callable(endpoint)
 
 
 class _Outcome:

@@ -189,7 +189,15 @@ class RequestScope:
     context, must be able to leave a lease for the endpoint, which runs with another copy.
     """
 
-    __slots__ = ("app", "databases", "leases", "owners", "response_started", "transactions")
+    __slots__ = (
+        "app",
+        "blocks",
+        "databases",
+        "leases",
+        "owners",
+        "response_started",
+        "transactions",
+    )
 
     current: "ContextVar[RequestScope | None]" = ContextVar("fastapi_peewee_request", default=None)
 
@@ -202,6 +210,8 @@ class RequestScope:
         self.leases: dict[PeeweeConnectionState, Lease | dict[str, Any]] = {}
         #: The databases that these belong to.
         self.owners: dict[PeeweeConnectionState, Any] = {}
+        #: The async blocks that are open, and the tasks that have entered them.
+        self.blocks: dict[Any, Any] = {}
         #: How many transaction dependencies are open.
         self.transactions = 0
         self.response_started = False
