@@ -5,7 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,9 @@ def without_tls(database_url: str) -> str:
 
 
 def rows_in_mark(database_url: str) -> int:
-    db = live.plain_database(database_url)
-    try:
+    with closing(live.plain_database(database_url)) as db:
         count: int = db.execute_sql("SELECT count(*) FROM mark").fetchone()[0]
         return count
-    finally:
-        db.close()
 
 
 async def until_free(server: LiveServer) -> None:
@@ -482,7 +479,8 @@ async def test_threads_that_wait_for_a_connection_do_not_starve_the_requests_tha
 async def test_servers_that_start_at_once_on_an_empty_database_all_start(
     database_url: str, tmp_path: Path
 ) -> None:
-    """`sql_app` creates its tables at start, also when six of its processes start together."""
+    """`sql_app` creates its tables and indexes at start, also when six of its processes start
+    together."""
 
     def started() -> int:
         with serve(
@@ -497,3 +495,15 @@ async def test_servers_that_start_at_once_on_an_empty_database_all_start(
     with ThreadPoolExecutor(6) as pool:
         statuses = [pool.submit(started) for _ in range(6)]
     assert [status.result() for status in statuses] == [200] * 6
+    with closing(live.plain_database(database_url)) as db:
+        indexes = {
+            (table, *index.columns, index.unique)
+            for table in ("user", "item")
+            for index in db.get_indexes(table)
+        }
+    assert indexes >= {
+        ("user", "email", True),
+        ("item", "title", False),
+        ("item", "description", False),
+        ("item", "owner_id", False),
+    }

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any, cast
 
 import peewee
 import pytest
@@ -55,14 +54,14 @@ async def test_iterate_reads_as_it_goes(hundred: list[str], db: Database) -> Non
     """`iterate` makes one statement, and doesn't keep what it has yielded."""
     query = User.select().order_by(User.name)
     with assert_query_count(1):
-        async with aclosing(db.iterate(query, buffer_size=10))) as rows:
+        async with aclosing(db.iterate(query, buffer_size=10)) as rows:
             assert (await anext(rows)).name == "000"
     assert query._cursor_wrapper is None or not query._cursor_wrapper.row_cache
 
 
 async def test_iterate_left_early(hundred: list[str], db: Database) -> None:
     """After a partial iteration, `aclose` of the generator gives the connection back at once."""
-    rows = cast(AsyncGenerator[Any], db.iterate(User.select()))
+    rows = db.iterate(User.select())
     async for _ in rows:
         break
     assert db.pool_stats.in_use == 1
@@ -74,7 +73,7 @@ async def test_iterate_left_early(hundred: list[str], db: Database) -> None:
 async def test_an_exception_leaves_iterate(hundred: list[str], db: Database) -> None:
     """An exception in the loop goes on its way; the connection is given back."""
     with oops_gets_out():
-        async with aclosing(db.iterate(User.select()))) as rows:
+        async with aclosing(db.iterate(User.select())) as rows:
             async for _ in rows:
                 raise Oops
     assert db.pool_stats.in_use == 0
