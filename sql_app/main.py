@@ -21,9 +21,25 @@ from .security import ahash_password
 SLOWUSERS_STEP = float(os.environ.get("SLOWUSERS_STEP") or 1.0)
 
 
+async def create_tables() -> None:
+    """Create the tables that aren't there; several processes may do so at the same time.
+
+    `IF NOT EXISTS` is no help with a table that another process is just creating: that is an error,
+    and there is nothing left to do when one tries again.
+    """
+    for attempts_left in reversed(range(10)):
+        try:
+            await db.acreate_tables([models.User, models.Item])
+        except peewee.DatabaseError:
+            if not attempts_left:
+                raise
+        else:
+            return
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    await db.acreate_tables([models.User, models.Item])
+    await create_tables()
     yield
 
 

@@ -23,7 +23,7 @@ from fastapi_peewee import (
     get_db,
     transaction,
 )
-from tests.apps import Watched, back_to_rest, client, connected, make_app
+from tests.apps import Watched, back_to_rest, client, connected, make_app, nested
 from tests.apps import db as db
 from tests.apps import note as note
 
@@ -333,15 +333,16 @@ async def test_one_failing_task_of_a_group_rolls_all_of_its_transaction_back(
     assert db.pool_stats.in_use == 0
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["block", "block of a context manager"])
 async def test_threads_of_one_request_use_its_connection_one_at_a_time(
-    db: Database, note: Any
+    db: Database, note: Any, wrapped: bool
 ) -> None:
     """Sync code that a request runs in several threads at once takes turns on `get_db`'s lease."""
     app = make_app(db)
     inside: list[int] = []
 
     def create(number: int) -> int:
-        with db.atomic():
+        with nested(db.atomic(), contextlib.nullcontext()) if wrapped else db.atomic():
             note.create(text=str(number))
             inside.append(number)
             together = len(inside)

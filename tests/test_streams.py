@@ -108,14 +108,21 @@ async def numbered(db: Database, note: Any) -> Any:
     return note
 
 
+@pytest.mark.parametrize("reading", ["iterate", "atomic"])
 @pytest.mark.parametrize("kind", ["returned", "response_class", "json lines", "events"])
 async def test_a_stream_takes_a_connection_of_its_own(
-    db: Database, numbered: Any, kind: str
+    db: Database, numbered: Any, kind: str, reading: str
 ) -> None:
     """An async generator streams a query; `get_db`'s connection has gone back before."""
     app = make_app(db)
 
     async def rows() -> AsyncIterator[Any]:
+        if reading == "atomic":
+            async with db.atomic():
+                for row in await db.list(numbered.select()):
+                    last[:] = [db.pool_stats.in_use]
+                    yield row.text
+            return
         async for row in db.iterate(numbered.select().order_by(numbered.text), buffer_size=7):
             last[:] = [db.pool_stats.in_use]
             yield row.text

@@ -55,7 +55,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         super().begin(lock_type or ("DEFERRED" if read_only else None))
         if read_only:
             self._state.read_only = True
-            self.execute_sql("PRAGMA query_only = 1")
+            self._set_query_only(1)
 
     def commit(self) -> None:
         super().commit()
@@ -67,8 +67,12 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
     def _end_read_only(self) -> None:
         if getattr(self._state, "read_only", False):
-            self.execute_sql("PRAGMA query_only = 0")
+            self._set_query_only(0)
             self._state.read_only = False
+
+    def _set_query_only(self, value: int) -> None:
+        # Around `execute_sql` of ours, which would take the session for changed.
+        peewee.Database.execute_sql(self, f"PRAGMA query_only = {value}")
 
     def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor(named_cursor)
@@ -146,6 +150,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         level = _isolation(isolation_level or default)
         with translate_driver_errors:
             self.cursor().execute(f"BEGIN {f'ISOLATION LEVEL {level} ' if level else ''}READ ONLY")
+
+    def taints(self, sql: str) -> bool:
+        # What SET LOCAL sets ends with the transaction; on MySQL it is for the session.
+        return not (sql.startswith("SET LOCAL ") and ";" not in sql) and super().taints(sql)
 
     def reading(self) -> Atomic:
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction

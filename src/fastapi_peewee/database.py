@@ -21,7 +21,13 @@ import peewee
 from .blocks import Atomic, LeaseContext, Savepoint, Transaction
 from .calls import Call, detached, result_of, run_follow_ups
 from .pool import Pool, PoolStats
-from .state import Lease, PeeweeConnectionState, allow_sync, translate_driver_errors
+from .state import (
+    Lease,
+    PeeweeConnectionState,
+    allow_sync,
+    called_by_peewee,
+    translate_driver_errors,
+)
 from .verbs import AsyncModel
 
 logger = logging.getLogger("fastapi_peewee")
@@ -186,6 +192,8 @@ class Database(peewee.Database):
         lease = self._state.lease()
         if lease is not None:
             self._ensure_connected(lease)
+            if not called_by_peewee():
+                lease.root.tainted = True  # what is done with it, nobody sees
         return super().cursor(named_cursor)
 
     def _ensure_connected(self, lease: Lease) -> None:
@@ -208,7 +216,7 @@ class Database(peewee.Database):
         lease = self._state.lease()
         if lease is None:
             return super().execute_sql(sql, params)
-        if changes_session(sql):
+        if self.taints(sql):
             lease.root.tainted = True
         if lease.owner == get_ident():
             return super().execute_sql(sql, params)
@@ -218,6 +226,10 @@ class Database(peewee.Database):
         finally:
             if turn is not None:
                 turn.give_turn()
+
+    def taints(self, sql: str) -> bool:
+        """Whether a statement may leave something in the session for its next user to find."""
+        return changes_session(sql)
 
     def take_turn(self) -> Lease | None:
         """Wait until this thread may use the lease in force; None if it may already.
@@ -463,14 +475,17 @@ class Database(peewee.Database):
 
 
 # Statements that leave the session as it was. Everything else taints it: SET, LISTEN, CREATE
-# TEMPORARY TABLE, PRAGMA, ATTACH, LOCK, …; and so do functions that set or lock something.
+# TEMPORARY TABLE, PRAGMA, ATTACH, LOCK, …; so do functions that set or lock something, variables,
+# tables in a temporary schema, and a second statement behind the first.
 _HARMLESS = re.compile(
     r"\(?(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH|VALUES|EXPLAIN|SAVEPOINT|RELEASE|ROLLBACK|"
-    r"COMMIT|BEGIN|SET (LOCAL|TRANSACTION)|CREATE (UNIQUE |FULLTEXT )?(TABLE|INDEX)|"
-    r"ALTER TABLE|DROP (TABLE|INDEX)|TRUNCATE|PRAGMA query_only)\b"
+    r"COMMIT|BEGIN|CREATE (UNIQUE |FULLTEXT )?(TABLE|INDEX)|ALTER TABLE|DROP (TABLE|INDEX)|"
+    r"TRUNCATE)\b"
 )
 _SETTING = re.compile(
-    r"\b(set_config|\w*advisory\w*lock\w*|get_lock|into\s+temp(orary)?)\b|@\w+\s*:?=", re.IGNORECASE
+    r"\b(set_config|\w*advisory\w*lock\w*|get_lock)\b|\binto\s+(temp(orary)?\b|@)|"
+    r"\b(pg_)?temp\w*[`\"]?\s*\.|@[\w.$`'\"]+\s*:?=|;\s*\S",
+    re.IGNORECASE,
 )
 
 

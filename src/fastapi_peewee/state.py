@@ -48,6 +48,7 @@ __all__ = [
     "_transaction",
     "allow_sync",
     "called_by_generator",
+    "called_by_peewee",
     "closed_state",
     "generation",
     "translate_driver_errors",
@@ -354,12 +355,12 @@ def allow_sync() -> Iterator[None]:
         _sync_allowed.reset(token)
 
 
-_PEEWEE = os.path.dirname(peewee.__file__)
-_NOT_THE_CALLER = (
-    os.path.dirname(__file__) + os.sep,
+_OURS = os.path.dirname(__file__) + os.sep
+_PEEWEES = (
     peewee.__file__,
-    os.path.join(_PEEWEE, "playhouse") + os.sep,
+    os.path.join(os.path.dirname(peewee.__file__), "playhouse") + os.sep,
 )
+_NOT_THE_CALLER = (_OURS, *_PEEWEES)
 
 
 def _distance_to_caller() -> int:
@@ -374,3 +375,11 @@ def called_by_generator() -> bool:
     """Whether the caller (neither ours nor Peewee's) may be suspended by a `yield`."""
     caller = _getframe(_distance_to_caller() - 1)
     return bool(caller.f_code.co_flags & CO_GENERATOR)
+
+
+def called_by_peewee() -> bool:
+    """Whether the first caller that isn't ours is Peewee."""
+    frame = _getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_PEEWEES)
