@@ -16,6 +16,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
+import anyio.from_thread
 from fastapi import (
     APIRouter,
     BackgroundTasks,
@@ -1236,3 +1237,21 @@ def asyncio_run_in_an_endpoint(site: Site) -> None:
     @site.app.get("/")
     def endpoint() -> int:
         return asyncio.run(coroutine())
+
+
+@case("GET /", "GET /background")
+def calls_back_into_the_event_loop(site: Site) -> None:
+    async def coroutine(number: int) -> int:
+        await asyncio.sleep(0)
+        return number
+
+    @site.app.get("/")
+    def endpoint() -> int:
+        return anyio.from_thread.run(coroutine, 4)
+
+    def task() -> None:
+        site.log.append(anyio.from_thread.run(coroutine, 5))
+
+    @site.app.get("/background")
+    def background(tasks: BackgroundTasks) -> None:
+        tasks.add_task(task)

@@ -181,6 +181,41 @@ async def test_the_names_of_constraints_and_statements_stay_inside(
         assert [word for word in [*inside.split(), database] if word in text] == []
 
 
+async def test_models_of_two_databases_with_one_table_name(sqlite_url: str) -> None:
+    """The field is named as in the model of the database that refused the value."""
+    async with connected(sqlite_url) as one, connected(f"{sqlite_url}2") as two:
+
+        class First(one.Model):
+            mail = peewee.CharField(column_name="email", unique=True)
+
+            class Meta:
+                table_name = "person"
+
+        class Second(two.Model):
+            address = peewee.CharField(column_name="email", unique=True)
+
+            class Meta:
+                table_name = "person"
+
+        def twice(model: Any, field: str) -> Any:
+            def endpoint() -> None:
+                model.create(**{field: "a"})
+                model.create(**{field: "a"})
+
+            return endpoint
+
+        found = []
+        for db, model, field in ((one, First, "mail"), (two, Second, "address")):
+            await db.acreate_tables([model])
+            app = make_app(db)
+            app.post("/")(twice(model, field))
+            async with client(app) as http:
+                response = await http.post("/")
+            assert response.status_code == 409
+            found += [detail["loc"] for detail in response.json()["detail"]]
+        assert found == [["body", "mail"], ["body", "address"]]
+
+
 async def test_a_row_that_others_refer_to(db: Database, models: Models) -> None:
     """Deleting it is refused with 422."""
     app = make_app(db)

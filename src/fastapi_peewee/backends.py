@@ -1,6 +1,7 @@
 """`connect(url)`, and where SQLite, PostgreSQL and MySQL differ: each is a class of Peewee's."""
 
 import functools
+import re
 import sqlite3
 import uuid
 from typing import Any
@@ -73,6 +74,12 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def _set_query_only(self, value: int) -> None:
         # Around `execute_sql` of ours, which would take the session for changed.
         peewee.Database.execute_sql(self, f"PRAGMA query_only = {value}")
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        try:
+            return super().execute_sql(sql, params)
+        except OverflowError as error:  # an integer of more than 64 bits; Peewee lets it through
+            raise peewee.DataError(error) from error
 
     def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor(named_cursor)
@@ -187,12 +194,23 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return result.status == ExecStatus.TUPLES_OK and result.get_value(0, 0) == b"0"
 
 
+_WRITTEN = re.compile(r"(?:INSERT (?:IGNORE )?INTO|REPLACE INTO|UPDATE|DELETE FROM) `([^`]+)`")
+
+
 class MySQLDatabase(Database, peewee.MySQLDatabase):
     """MySQL and MariaDB through PyMySQL."""
 
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)
         super().init(database, **kwargs)
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        try:
+            return super().execute_sql(sql, params)
+        except peewee.IntegrityError as error:
+            written = _WRITTEN.match(sql)
+            error.table = written and written[1]  # MariaDB's message names none
+            raise
 
     def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
         if not read_only:

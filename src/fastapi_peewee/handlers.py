@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from .exceptions import LeaseError, PoolError
+from .exceptions import PoolError
 
 #: Seconds after which a client is asked to try again.
 RETRY_AFTER = 1
@@ -59,14 +59,9 @@ CONFLICT: Responses = {409: {"description": "Conflict", "model": FieldErrors}}
 
 def add_handlers(app: FastAPI) -> None:
     """Have `app` answer Peewee's errors, except those it handles already."""
-    for error, handler in (
-        (peewee.DoesNotExist, does_not_exist),
-        (peewee.IntegrityError, refused_value),
-        (peewee.DataError, refused_value),
-        (peewee.OperationalError, operational_error),
-        (peewee.InterfaceError, operational_error),
-    ):
-        app.exception_handlers.setdefault(error, handler)
+    app.exception_handlers.setdefault(peewee.DoesNotExist, does_not_exist)
+    app.exception_handlers.setdefault(peewee.DatabaseError, database_error)
+    app.exception_handlers.setdefault(peewee.InterfaceError, database_error)
 
 
 async def does_not_exist(request: Request, error: Exception) -> JSONResponse:
@@ -75,11 +70,18 @@ async def does_not_exist(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": f"{name} not found" if name else "Not found"}, 404)
 
 
-async def refused_value(request: Request, error: Exception) -> JSONResponse:
-    """409 or 422, naming the field: the database refused a value."""
+async def database_error(request: Request, error: Exception) -> JSONResponse:
+    """409 or 422, naming the field: the database refused a value. 503 with Retry-After: it is away
+    or busy. 507: it is full. Anything else is a mistake of the program, and raised again.
+    """
     kind = kind_of(error)
-    if kind not in _MESSAGES:
+    if kind is None:
         raise error
+    if kind == "full":
+        return JSONResponse({"detail": "database full"}, 507)
+    if kind in ("busy", "unavailable"):
+        retry = {"Retry-After": str(RETRY_AFTER)}
+        return JSONResponse({"detail": f"database {kind}"}, 503, headers=retry)
     places = [[_source(request, name), name] for name in _fields(error, kind)] or [["body"]]
     details = [{"type": kind, "loc": place, "msg": _MESSAGES[kind]} for place in places]
     return JSONResponse({"detail": details}, 409 if kind == "unique" else 422)
@@ -89,18 +91,6 @@ def _source(request: Request, name: str) -> str:
     if name in request.path_params:
         return "path"
     return "query" if name in request.query_params else "body"
-
-
-async def operational_error(request: Request, error: Exception) -> JSONResponse:
-    """503 with Retry-After, or 507: the database is away, busy or full."""
-    kind = "unavailable" if isinstance(error, PoolError) else kind_of(error)
-    if isinstance(error, LeaseError) or kind not in ("busy", "unavailable", "full"):
-        raise error
-    if kind == "full":
-        return JSONResponse({"detail": "database full"}, 507)
-    return JSONResponse(
-        {"detail": f"database {kind}"}, 503, headers={"Retry-After": str(RETRY_AFTER)}
-    )
 
 
 # What drivers and servers report. PostgreSQL: appendix A of its manual, by class or by code.
@@ -146,17 +136,21 @@ _MYSQL: dict[int, Kind] = {
 
 def kind_of(error: Exception) -> Kind | None:
     """What happened, in a word; None if it is a mistake of the program."""
+    if isinstance(error, PoolError):
+        return "unavailable"
     cause = _driver_error(error)
+    if type(cause).__module__.startswith("pymysql"):
+        return _MYSQL.get(cause.args[0]) if cause.args else None
     if hasattr(cause, "sqlite_errorcode"):
         code: int = cause.sqlite_errorcode
         return _SQLITE.get(code) or _SQLITE.get(code & 0xFF)
-    if hasattr(cause, "sqlstate"):
-        state: str | None = cause.sqlstate
-        if state is None:  # libpq reports a lost connection without one
-            return "unavailable" if isinstance(error, peewee.OperationalError) else None
+    state: str | None = getattr(cause, "sqlstate", None)
+    if state is not None:
         return next((_SQLSTATE[part] for n in (5, 3, 2) if (part := state[:n]) in _SQLSTATE), None)
-    if type(cause).__module__.startswith("pymysql") and cause.args:
-        return _MYSQL.get(cause.args[0])
+    if isinstance(error, peewee.DataError):  # the driver's own refusal: NUL, an integer too large
+        return "data"
+    if hasattr(cause, "pgconn") and isinstance(error, peewee.OperationalError):
+        return "unavailable"  # libpq reports a lost connection without a state
     return None
 
 
@@ -167,7 +161,7 @@ def _driver_error(error: BaseException) -> Any:
 def _fields(error: Exception, kind: str) -> Iterator[str]:
     """The names, as the API has them, of the fields that a refused value was for."""
     cause = _driver_error(error)
-    table: str | None = None
+    table: str | None = getattr(error, "table", None)
     columns: list[str] = []
     if hasattr(cause, "diag"):
         table, constraint = cause.diag.table_name, cause.diag.constraint_name
@@ -186,7 +180,8 @@ def _fields(error: Exception, kind: str) -> Iterator[str]:
         if kind == "unique":  # the key's name comes last, with or without its table's
             key = re.findall(r"'([^']*)'", message)[-1:]
             for name in key:
-                table, _, index = name.rpartition(".")
+                named, _, index = name.rpartition(".")
+                table = named or table
                 columns = _constrained(table, index)
         elif kind == "reference":
             columns = re.findall(r"FOREIGN KEY \(`([^`]*)`\)", message)
@@ -206,7 +201,7 @@ def _models(table: str | None) -> Iterator[Any]:
             yield model
 
 
-def _constrained(table: str, constraint: str) -> list[str]:
+def _constrained(table: str | None, constraint: str) -> list[str]:
     for model in _models(table):
         meta = model._meta
         if constraint in (f"{meta.table_name}_pkey", "PRIMARY") and table:

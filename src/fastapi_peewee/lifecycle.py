@@ -79,8 +79,10 @@ class Peewee:
 
     def _install(self, app: FastAPI) -> bool:
         """Returns False if it has been done before."""
-        if any(m.kwargs.get("db") is self.db for m in app.user_middleware):
-            return False
+        installed: list[Any] = app.user_middleware
+        for middleware in installed:
+            if middleware.cls is PeeweeMiddleware and middleware.kwargs["db"] is self.db:
+                return False
         started, app.middleware_stack = app.middleware_stack, None
         app.add_middleware(PeeweeMiddleware, db=self.db)
         app.middleware_stack = started

@@ -177,7 +177,14 @@ def _database() -> Any:
         raise RuntimeError(
             "PeeweeRoute needs `Peewee(db).init_app(app)` on the application that serves it."
         )
-    return request.databases[-1]
+    db = request.databases[-1]
+    if not hasattr(db, "call"):
+        raise RuntimeError(
+            f"PeeweeRoute takes connections from a pool, which a {type(db).__name__} of Peewee's own "
+            "doesn't have. Make the database with `fastapi_peewee.connect(url)`, or use plain "
+            "routes with `Depends(get_db)`."
+        )
+    return db
 
 
 def _with_leased_background(
