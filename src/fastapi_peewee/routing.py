@@ -180,8 +180,8 @@ def _database() -> Any:
     db = request.databases[-1]
     if not hasattr(db, "call"):
         raise RuntimeError(
-            f"PeeweeRoute takes connections from a pool, which a {type(db).__name__} of Peewee's own "
-            "doesn't have. Make the database with `fastapi_peewee.connect(url)`, or use plain "
+            f"PeeweeRoute takes connections from a pool; a {type(db).__name__} of Peewee's own "
+            "has none. Make the database with `fastapi_peewee.connect(url)`, or use plain "
             "routes with `Depends(get_db)`."
         )
     return db
