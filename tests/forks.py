@@ -29,7 +29,7 @@ def session() -> object:
         return db.execute_sql("SELECT pg_backend_pid()").fetchone()[0]
     if isinstance(db, peewee.MySQLDatabase):
         return db.execute_sql("SELECT connection_id()").fetchone()[0]
-    return (os.getpid(), id(db.cursor().connection))
+    return (os.getpid(), id(db.execute_sql("SELECT 1").connection))
 
 
 def names() -> list[str]:

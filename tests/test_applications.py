@@ -30,7 +30,10 @@ from tests.apps import note as note
 
 
 async def test_one_application_with_two_databases(database_url: str, sqlite_url: str) -> None:
-    """`peewee.get_db` says which; each has a lease and a transaction of its own."""
+    """`peewee.get_db` says which; each has leases and transactions of its own.
+
+    A PeeweeRoute holds a connection of the one that was named first.
+    """
     async with connected(database_url) as one, connected(f"{sqlite_url}2") as two:
         app = FastAPI()
         first, second = Peewee(one), Peewee(two)
@@ -62,14 +65,16 @@ async def test_one_application_with_two_databases(database_url: str, sqlite_url:
         @app.get("/unnamed", dependencies=[Depends(get_db)])
         def unnamed() -> None: ...
 
+        @app.get("/route")
         def stats() -> list[int]:
             return [one.pool_stats.in_use, two.pool_stats.in_use]
 
         watched = Watched(app, stats)
         async with client(watched) as http:
             assert (await http.get("/both")).json() == [1, 1]
+            assert (await http.get("/route")).json() == [1, 0], "the one that was named first"
             assert (await http.get("/rolled-back")).status_code == 418
-        assert watched.seen == [[0, 0], [0, 0]]
+        assert watched.seen == 3 * [[0, 0]]
         assert (await one.count(First.select()), await two.count(Second.select())) == (1, 1)
         async with client(app, raises=True) as http:
             with pytest.raises(RuntimeError, match=r"several databases.*peewee\.get_db"):

@@ -288,12 +288,16 @@ async def test_each_task_has_its_own_connection(db: Database) -> None:
 
 async def test_the_pool_lends_a_connection_again(db: Database) -> None:
     """A connection that was given back is lent again: no new one is opened."""
-    first = await db.run(db.cursor)
+
+    def connection() -> Any:
+        return db.execute_sql("SELECT 1").connection
+
+    first = await db.run(connection)
     async with db.atomic():
         pass
     await User.acreate(name="ann")
 
-    assert (await db.run(db.cursor)).connection is first.connection
+    assert await db.run(connection) is first
     assert db.pool_stats.opened == 1
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from .exceptions import PoolError
+from .state import RequestScope
 
 #: Seconds after which a client is asked to try again.
 RETRY_AFTER = 1
@@ -192,13 +193,22 @@ def _fields(error: Exception, kind: str) -> Iterator[str]:
 
 
 def _models(table: str | None) -> Iterator[Any]:
-    """The models of a table; of all tables if the driver doesn't say which."""
-    todo = list(peewee.Model.__subclasses__())
+    """The models of a table; of all tables if the driver doesn't say which.
+
+    Those of the request's databases only, where it has one of the name.
+    """
+    request = RequestScope.current.get()
+    databases = [id(db) for db in request.databases] if request else []
+    found, todo = [], list(peewee.Model.__subclasses__())
     while todo:
         model = todo.pop()
         todo += model.__subclasses__()
         if not table or model._meta.table_name == table:
-            yield model
+            found.append(model)
+    theirs = [
+        m for m in found if id(getattr(m._meta.database, "obj", m._meta.database)) in databases
+    ]
+    yield from theirs or found
 
 
 def _constrained(table: str | None, constraint: str) -> list[str]:
