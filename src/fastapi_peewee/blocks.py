@@ -9,10 +9,14 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import anyio.from_thread
+import anyio.to_thread
 
 from .calls import Call, result_of, run_follow_ups, uninterrupted
 from .state import (
@@ -258,7 +262,8 @@ class LeaseContext(_Block, ConnectionContext):
             return super().__enter__()
         if lease is None:
             db._state.guard_loop()
-            lease = db.pool.acquire_blocking()
+            with _spare_thread(db.pool.stats.in_use >= db.pool.size):
+                lease = db.pool.acquire_blocking()
             lease.follow_ups = None  # there is no event loop to await them on
             try:
                 db.pool.connect(lease)
@@ -296,3 +301,25 @@ class LeaseContext(_Block, ConnectionContext):
 
 
 _sharing = threading.Lock()
+
+
+@contextmanager
+def _spare_thread(needed: bool) -> Iterator[None]:
+    """Let FastAPI have one thread more while this one waits for a connection.
+
+    Else all of its threads might wait for those who hold a connection and wait for a thread.
+    """
+
+    def change(by: int) -> None:
+        anyio.to_thread.current_default_thread_limiter().total_tokens += by
+
+    try:
+        if needed:
+            anyio.from_thread.run_sync(change, 1)
+    except RuntimeError:  # a thread that isn't FastAPI's takes none from it
+        needed = False
+    try:
+        yield
+    finally:
+        if needed:
+            anyio.from_thread.run_sync(change, -1)
