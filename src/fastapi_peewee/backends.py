@@ -4,6 +4,7 @@ import functools
 import re
 import sqlite3
 import uuid
+import weakref
 from typing import Any
 from urllib.parse import urlparse
 
@@ -37,6 +38,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             database = f"file:/fastapi-peewee-{uuid.uuid4().hex}?vfs=memdb"
             kwargs["uri"] = True
             self._keeper = sqlite3.connect(database, uri=True, check_same_thread=False)
+            weakref.finalize(self, self._keeper.close)
         else:
             defaults["journal_mode"] = "wal"
         kwargs.setdefault("check_same_thread", False)
