@@ -40,7 +40,9 @@ async def models(db: Database) -> Models:
             indexes = ((("team", "seat"), True),)
 
     class Locker(db.Model):
-        team = peewee.ForeignKeyField(Team, unique=True)
+        team = peewee.ForeignKeyField(
+            Team, unique=True, column_name="owning_team", object_id_name="team_id"
+        )
         colour = peewee.CharField(null=False, column_name="paint")
 
     class Country(db.Model):
@@ -174,7 +176,8 @@ async def test_the_names_of_constraints_and_statements_stay_inside(
     async with client(app) as http:
         texts = [(await http.post(f"/{name}")).text.lower() for name in REFUSED]
     inside = (
-        "insert unique_ constraint _key fkey pkey email_address paint sqlite psycopg mysql select"
+        "insert select constraint unique_ _key fkey pkey sqlite psycopg mysql "
+        "email_address owning_team paint"
     )
     database = str(db.database).lower()
     for text in texts:
@@ -415,6 +418,20 @@ async def test_a_sqlite_database_that_is_locked(sqlite_url: str) -> None:
                 assert (await http.get("/")).json() == 0
                 other.execute("ROLLBACK")
             assert (await http.post("/")).status_code == 200
+
+
+async def test_a_sqlite_file_that_is_written_to_while_it_is_opened(sqlite_url: str) -> None:
+    """The first connection to a file waits for another's write, as it would for a lock later."""
+    path = sqlite_url.removeprefix("sqlite:///")
+    async with connected(sqlite_url) as db:
+        app = make_app(db)
+        app.get("/")(lambda: db.execute_sql("SELECT 1").fetchone()[0])
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("CREATE TABLE note (text)")
+            other.execute("BEGIN IMMEDIATE")
+            asyncio.get_running_loop().call_later(0.1, other.execute, "COMMIT")
+            async with client(app) as http:
+                assert (await http.get("/")).text == "1"
 
 
 @pytest.mark.parametrize("server", ["postgres_url", "mysql_url"])

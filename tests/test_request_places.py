@@ -145,6 +145,35 @@ async def test_blocks_around_the_yield_of_a_sync_dependency(
     assert db.pool_stats.in_use == 0
 
 
+@pytest.mark.parametrize("block", ["with db", "connection_context"])
+async def test_two_dependencies_in_blocks_of_their_own(db: Database, note: Any, block: str) -> None:
+    """What one of them gives back, the other doesn't lose: they share a connection."""
+    app = make_app(db)
+
+    def first() -> Iterator[None]:
+        with BLOCKS[block](db):
+            note.create(text="first in")
+            yield
+            note.create(text="first out")
+
+    def second() -> Iterator[None]:
+        with BLOCKS[block](db):
+            note.create(text="second in")
+            yield
+            note.create(text="second out")
+
+    dependencies = [Depends(each, scope="function") for each in (first, second)]
+
+    @app.get("/", dependencies=dependencies)
+    async def endpoint() -> list[int]:
+        return [await db.count(note.select()), db.pool_stats.in_use]
+
+    async with client(app) as http:
+        assert (await http.get("/")).json() == [2, 1]
+    assert db.pool_stats.in_use == 0
+    assert await db.count(note.select()) == 4
+
+
 async def test_a_transaction_around_the_yield_of_a_sync_dependency(
     database_url: str,
 ) -> None:

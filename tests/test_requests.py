@@ -190,6 +190,15 @@ async def test_the_connection_is_back_before_the_response_starts(
         assert watched.seen == [0]
 
 
+async def test_a_connection_that_nobody_uses_is_not_opened(db: Database) -> None:
+    """`get_db` takes a slot; the connection itself is opened by the first query."""
+    app = make_app(db, APIRoute)
+    app.get("/", dependencies=HOLDING)(lambda: db.pool_stats.in_use)
+    async with client(app) as http:
+        assert (await http.get("/")).json() == 1
+    assert db.pool_stats.opened == 0
+
+
 async def test_what_get_db_holds_is_over_after_the_response_has_started(db: Database) -> None:
     """The exit of a default-scope dependency comes too late for `get_db`, and is told so."""
     app = make_app(db)
@@ -234,6 +243,7 @@ async def test_get_db_and_a_transaction_share_one_connection(sqlite_url: str, or
 async def test_requests_that_hold_a_connection_wait_for_each_other(database_url: str) -> None:
     """Forty parallel requests over two connections all come through, each with its own."""
     async with connected(database_url, pool_size=2, timeout=30) as db:
+        await db.aexecute_sql("SELECT 1")
         app = make_app(db)
         using: dict[int, int] = {}
 

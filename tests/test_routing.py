@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NamedTuple
 
@@ -18,7 +18,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator, mo
 from starlette.background import BackgroundTask
 from starlette.routing import Mount
 
-from fastapi_peewee import Database, NoLease, Peewee, PeeweeRoute, connect, without_lease
+from fastapi_peewee import (
+    Database,
+    LeaseEnded,
+    NoLease,
+    Peewee,
+    PeeweeRoute,
+    connect,
+    without_lease,
+)
 from tests.apps import chain, client, connected
 from tests.route_cases import CASES, Ask, Case, Site
 
@@ -385,6 +393,29 @@ async def test_a_thread_in_the_context_of_an_endpoint_cannot_hang_it(sqlite_url:
 
         async with client(app) as http:
             assert (await http.get("/")).json() == "TurnTimeout"
+
+
+async def test_a_thread_that_outlives_its_endpoint_is_refused(db: Database) -> None:
+    """A thread in the endpoint's context can't use the connection once that has gone back."""
+    app = FastAPI()
+    Peewee(db).init_app(app)
+    answered = threading.Event()
+    results: list[Future[Any]] = []
+
+    with ThreadPoolExecutor(1) as threads:
+
+        def late() -> None:
+            assert answered.wait(10)
+            db.execute_sql("SELECT 1")
+
+        @app.get("/")
+        def endpoint() -> None:
+            results.append(threads.submit(contextvars.copy_context().run, late))
+
+        async with client(app) as http:
+            assert (await http.get("/")).status_code == 200
+        answered.set()
+    assert isinstance(results[0].exception(), LeaseEnded)
 
 
 async def test_a_plain_thread_of_an_endpoint_inherits_nothing(db: Database) -> None:

@@ -1,15 +1,17 @@
 """What comes after a response has started: streams and background tasks."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from fastapi import BackgroundTasks, Depends
+from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_peewee import Database, NoLease, PeeweeRoute, get_db
+from fastapi_peewee import Database, NoLease, Peewee, PeeweeRoute, get_db
 from tests.apps import BLOCKS, back_to_rest, chain, client, make_app, refusal, walk_away
 from tests.apps import db as db
 from tests.apps import no_collector as no_collector
@@ -113,7 +115,10 @@ async def numbered(db: Database, note: Any) -> Any:
 async def test_a_stream_takes_a_connection_of_its_own(
     db: Database, numbered: Any, kind: str, reading: str
 ) -> None:
-    """An async generator streams a query; `get_db`'s connection has gone back before."""
+    """An async generator streams a query; `get_db`'s connection has gone back before.
+
+    Event streams begin before that: see below.
+    """
     app = make_app(db)
 
     async def rows() -> AsyncIterator[Any]:
@@ -141,11 +146,56 @@ async def test_a_stream_takes_a_connection_of_its_own(
             "events": EventSourceResponse,
         }.get(kind)
         options = {"response_class": response_class} if response_class else {}
-        app.get("/", dependencies=HOLDING, **options)(rows)
+        app.get("/", dependencies=[] if kind == "events" else HOLDING, **options)(rows)
     async with client(app) as http:
         response = await http.get("/")
     assert [text in response.text for text in ("000", "050", "099")] == [True] * 3
     assert last == [1]
+    await back_to_rest(db)
+
+
+class Late:
+    """Middleware that holds the start of a response back until `after` is set."""
+
+    def __init__(self, app: ASGIApp, after: asyncio.Event) -> None:
+        self.app = app
+        self.after = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_late(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await self.after.wait()
+            await send(message)
+
+        await self.app(scope, receive, send_late)
+
+
+@pytest.mark.parametrize("reading", ["iterate", "atomic"])
+async def test_an_event_stream_that_begins_before_its_response(
+    db: Database, numbered: Any, reading: str
+) -> None:
+    """FastAPI asks for an event before it sends the headers: `get_db`'s lease is still there."""
+    begun = asyncio.Event()
+    app = FastAPI()
+    app.add_middleware(Late, after=begun)
+    Peewee(db).init_app(app)
+
+    @app.get("/", response_class=EventSourceResponse, dependencies=HOLDING)
+    async def events() -> AsyncIterator[str]:
+        if reading == "iterate":
+            async for row in db.iterate(numbered.select(), buffer_size=7):
+                begun.set()
+                yield row.text
+        else:
+            async with db.atomic():
+                for row in await db.list(numbered.select()):
+                    begun.set()
+                    yield row.text
+
+    async with client(app) as http:
+        response = await asyncio.wait_for(http.get("/"), 10)
+    assert response.status_code == 200
+    assert response.text.count("data:") == 100
     await back_to_rest(db)
 
 

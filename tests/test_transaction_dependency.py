@@ -256,7 +256,7 @@ async def test_callbacks_run_once_the_request_is_committed(
     watched = Watched(app, lambda: log.append("response"))
     async with client(watched) as http:
         await http.post("/")
-    assert log == ["response"] if fail else ["plain", "async 1", "response"]
+    assert log == (["response"] if fail else ["plain", "async 1", "response"])
 
 
 async def test_savepoints_of_a_request_in_a_transaction(db: Database, note: Any) -> None:
@@ -535,6 +535,66 @@ async def test_a_timeout_around_a_transaction_undoes_it(
     async with client(app) as http:
         assert (await http.post("/")).json() == "True 0"
     assert [row.text for row in await note.select().aexecute()] == ["kept"]
+
+
+async def test_a_nested_block_that_is_cancelled_as_it_begins_leaves_the_outer_one_whole(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A savepoint whose task is cancelled while it is made is undone; the transaction goes on."""
+    app = make_app(db)
+    cancelling = Cancelling(db, monkeypatch)
+
+    @app.post("/")
+    async def endpoint() -> int:
+        async with db.atomic():
+            await note.acreate(text="before")
+            with anyio.CancelScope() as scope:
+                cancelling.cancel = scope.cancel
+                cancelling.at = lambda moment: True
+                async with db.atomic():
+                    raise AssertionError("not cancelled")
+            cancelling.at = lambda moment: False
+            assert scope.cancelled_caught
+            await note.acreate(text="after")
+            return await db.run(db.transaction_depth)
+
+    async with client(app) as http:
+        response = await http.post("/")
+    assert (response.status_code, response.json()) == (200, 1)
+    assert await db.count(note.select()) == 2
+
+
+async def test_a_block_cancelled_while_it_waits_for_a_child_is_undone(
+    db: Database, note: Any
+) -> None:
+    """Leaving a block waits for a call that is still running; cancelled then, it rolls back."""
+    app = make_app(db)
+    loop = asyncio.get_running_loop()
+    inside, go_on = asyncio.Event(), threading.Event()
+    children: list[asyncio.Task[None]] = []
+
+    def slow() -> None:
+        note.create(text="child")
+        loop.call_soon_threadsafe(inside.set)
+        assert go_on.wait(10)
+
+    @app.post("/")
+    async def endpoint() -> None:
+        async with db.atomic():
+            await note.acreate(text="parent")
+            children.append(asyncio.create_task(db.run(slow)))
+            await inside.wait()
+            # The next await is the block's end, which can't get on before the child does.
+            loop.call_soon(task.cancel)
+            loop.call_later(0.05, go_on.set)
+
+    async with client(app) as http:
+        task = asyncio.create_task(http.post("/"))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await asyncio.gather(*children)
+    assert await db.count(note.select()) == 0
+    await back_to_rest(db)
 
 
 async def test_requests_cancelled_while_they_wait_leave_the_queue(sqlite_url: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import re
 import sqlite3
+import time
 import uuid
 import weakref
 from typing import Any
@@ -44,6 +45,19 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         kwargs.setdefault("check_same_thread", False)
         kwargs.setdefault("timeout", self._busy_timeout)
         super().init(database, pragmas={**defaults, **given}, **kwargs)
+
+    def _connect(self) -> Any:
+        # Changing the journal mode doesn't obey the busy timeout: SQLite fails it at once if
+        # another connection is writing to a file that isn't in that mode yet.
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                return super()._connect()
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def begin(
         self,

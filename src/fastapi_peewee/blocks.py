@@ -26,7 +26,7 @@ from .state import (
     _atomic,
     _savepoint,
     _transaction,
-    called_by_generator,
+    called_by_suspended,
     generation,
 )
 
@@ -57,7 +57,7 @@ class _Block:
             if lease is not None:
                 lease.give_turn()
             raise
-        if lease is not None and called_by_generator():
+        if lease is not None and called_by_suspended():
             # A `yield` dependency: the endpoint, in another thread, is meant to use the block.
             lease.give_turn()
             lease = None
@@ -132,6 +132,11 @@ class _Block:
         """
         await self.aexit_unbound(asyncio.CancelledError())
 
+    @property
+    def root(self) -> Lease:
+        """The lease that the block, entered with `async with`, is on."""
+        return self._lease.root
+
     async def acommit(self) -> None:
         await self.db.run(self.commit)  # type: ignore[attr-defined]
 
@@ -170,9 +175,9 @@ async def leave(db: "Database", lease: Lease, last: Callable[[BaseException | No
         cancelled = await uninterrupted(asyncio.ensure_future(lease.turn.acquire(None)))
     if lease.root.held is None:  # no connection was to be had, or wanted: there is nothing to leave
         db.end_lease(lease)
-        return
-    call = Call(db.pool, db._state, lease, partial(last, cancelled), db.end_lease)
-    await result_of(call, certain=True)
+    else:
+        call = Call(db.pool, db._state, lease, partial(last, cancelled), db.end_lease)
+        await result_of(call, certain=True)
     if cancelled is not None:
         raise cancelled
 

@@ -15,6 +15,11 @@ from typing import Any
 
 import anyio
 
+# What makes `anyio.from_thread.run(…)` work in a thread that anyio hasn't made, as it does in those
+# of FastAPI's own `def` endpoints. It has no public form.
+from anyio._core._eventloop import claim_worker_thread
+from anyio.lowlevel import current_token
+
 from .pool import Pool
 from .state import CursorWrapper, Lease, PeeweeConnectionState
 
@@ -41,6 +46,7 @@ class Call(Future[Any]):
         self._lease = lease
         self._release = release
         context = copy_context()
+        token = current_token()
 
         def body() -> Any:
             state.bind(lease)
@@ -55,12 +61,13 @@ class Call(Future[Any]):
             if not self.set_running_or_notify_cancel():
                 return  # whoever cancelled it has released the lease
             try:
-                try:
-                    result = context.run(body)
-                finally:
-                    self._let_go()
-                if then is not None:
-                    result = context.run(then, result)
+                with claim_worker_thread(token.backend_class, token.native_token):
+                    try:
+                        result = context.run(body)
+                    finally:
+                        self._let_go()
+                    if then is not None:
+                        result = context.run(then, result)
             except BaseException as error:
                 self.set_exception(error)
             else:

@@ -152,7 +152,9 @@ class PeeweeMiddleware:
 
 async def _before_response(request: RequestScope) -> None:
     request.response_started = True
-    if request.transactions or any(_in_transaction(held) for held in request.leases.values()):
+    if request.transactions or any(
+        _left_open(request, held) for held in request.leases.values() if isinstance(held, Lease)
+    ):
         raise RuntimeError(
             "A transaction would be committed after the response, so that a failing COMMIT could "
             "no longer be reported. Use the alias `InTransaction`, or "
@@ -161,8 +163,16 @@ async def _before_response(request: RequestScope) -> None:
     await _release(request)
 
 
-def _in_transaction(held: Lease | dict[str, Any]) -> bool:
-    return isinstance(held, Lease) and bool(held.state["transactions"])
+def _left_open(request: RequestScope, held: Lease) -> bool:
+    """Whether a transaction on what the request holds is open, other than a running task's."""
+    if not held.state["transactions"]:
+        return False
+    # The turn is held: by a block of this task, or by a task that is busy, such as the producer of
+    # an event stream, which begins before its response does.
+    current = asyncio.current_task()
+    return not held.turn.held or any(
+        block.root is held for block, task in request.blocks.items() if task is current
+    )
 
 
 async def _release(request: RequestScope, *, over: bool = False) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from inspect import CO_GENERATOR
 from sys import _getframe
+from types import FrameType
 from typing import Any
 
 import peewee
@@ -47,8 +48,8 @@ __all__ = [
     "_savepoint",
     "_transaction",
     "allow_sync",
-    "called_by_generator",
     "called_by_peewee",
+    "called_by_suspended",
     "closed_state",
     "generation",
     "translate_driver_errors",
@@ -371,10 +372,22 @@ def _distance_to_caller() -> int:
     return level
 
 
-def called_by_generator() -> bool:
-    """Whether the caller (neither ours nor Peewee's) may be suspended by a `yield`."""
-    caller = _getframe(_distance_to_caller() - 1)
-    return bool(caller.f_code.co_flags & CO_GENERATOR)
+def called_by_suspended() -> bool:
+    """Whether the caller is a generator that a server runs step by step, each in some thread.
+
+    Such are sync `yield` dependencies and streams. A generator of the user's own context manager is
+    none of them: the code inside its `with` runs in the same thread.
+    """
+    frame: FrameType | None = _getframe(_distance_to_caller() - 1)
+    assert frame is not None
+    if not frame.f_code.co_flags & CO_GENERATOR:
+        return False
+    frame = frame.f_back
+    if frame is not None and frame.f_globals.get("__name__") == "contextlib":
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith(
+        ("anyio.", "starlette.", "fastapi.")
+    )
 
 
 def called_by_peewee() -> bool:
