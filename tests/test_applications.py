@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
+import anyio
 import peewee
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -347,3 +348,29 @@ async def test_a_request_made_inside_of_a_request_does_not_inherit_its_connectio
     held = 0 if place == "plain" else 1
     assert response.json() == ["NoLease", held + 1, 1]
     assert await db.count(note.select()) == 1
+
+
+async def test_a_cancelled_request_gives_back_all_that_it_holds(
+    database_url: str, sqlite_url: str
+) -> None:
+    """A request that holds connections of two databases, and is cancelled, loses neither slot."""
+    async with connected(database_url) as one, connected(f"{sqlite_url}2") as two:
+        app = FastAPI()
+        first, second = Peewee(one), Peewee(two)
+        first.init_app(app)
+        second.init_app(app)
+        running = anyio.Event()
+
+        @app.get("/", dependencies=[Depends(first.get_db), Depends(second.get_db)])
+        async def endpoint() -> None:
+            await one.run(lambda: one.execute_sql("SELECT 1").fetchall())
+            await two.run(lambda: two.execute_sql("SELECT 1").fetchall())
+            running.set()
+            await anyio.sleep_forever()
+
+        async with client(app) as http, anyio.create_task_group() as tasks:
+            tasks.start_soon(http.get, "/")
+            await running.wait()
+            tasks.cancel_scope.cancel()
+        await back_to_rest(one)
+        await back_to_rest(two)

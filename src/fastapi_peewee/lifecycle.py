@@ -176,27 +176,42 @@ def _left_open(request: RequestScope, held: Lease) -> bool:
 
 
 async def _release(request: RequestScope, *, over: bool = False) -> None:
-    """Give back what the request holds; blocks of its threads keep theirs until it is over."""
-    if over:
-        # A block left open by the request's own task, or by one that has ended, is in a generator
-        # that nobody reads any more.
-        for block, task in reversed(list(request.blocks.items())):
-            if task is asyncio.current_task() or task.done():
-                await asyncio.shield(detached(block.abandon()))
-    for state, held in list(request.leases.items()):
-        if not over and isinstance(held, Lease) and held.contexts:
-            continue
-        db = request.owners[state]
-        request.drop(db)
-        if not isinstance(held, Lease):
-            await run_in_threadpool(_close, db, held)
-            continue
-        in_use = held.turn.held
-        leaving = detached(_leave(db, held))
-        # A task of this request may still use it. The response doesn't wait for that, since the
-        # task may wait for the response, as the producer of an event stream does.
-        if not in_use:
-            await asyncio.shield(leaving)
+    """Give back what the request holds; blocks of its threads keep theirs until it is over.
+
+    All of it is begun before any of it is awaited, in tasks of their own: if the request was
+    cancelled, the first `await` here raises.
+    """
+    # A block left open by the request's own task, or by one that has ended, is in a generator that
+    # nobody reads any more.
+    current = asyncio.current_task()
+    abandoned = [
+        detached(block.abandon())
+        for block, task in reversed(list(request.blocks.items()))
+        if over and (task is current or task.done())
+    ]
+    try:
+        if abandoned:
+            await asyncio.wait(abandoned)
+    finally:
+        leaving = []
+        for state, held in list(request.leases.items()):
+            if not over and isinstance(held, Lease) and held.contexts:
+                continue
+            db = request.owners[state]
+            request.drop(db)
+            if not isinstance(held, Lease):
+                leaving.append(detached(run_in_threadpool(_close, db, held)))
+                continue
+            in_use = held.turn.held
+            task = detached(_leave(db, held))
+            # A task of this request may still use it. The response doesn't wait for that, since the
+            # task may wait for the response, as the producer of an event stream does.
+            if not in_use:
+                leaving.append(task)
+    if leaving:
+        await asyncio.wait(leaving)
+    for task in abandoned + leaving:
+        task.result()
 
 
 async def _leave(db: Database, lease: Lease) -> None:
