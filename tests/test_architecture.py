@@ -201,3 +201,9 @@ def test_what_init_exports_is_there_and_sorted() -> None:
     names = fastapi_peewee.__all__
     assert names == sorted(set(names))
     assert [name for name in names if not hasattr(fastapi_peewee, name)] == []
+
+
+def test_it_can_be_imported_where_there_is_no_fork() -> None:
+    """The package needs nothing of an operating system that only some have."""
+    code = "import os; del os.register_at_fork; import fastapi_peewee"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
