@@ -1,6 +1,7 @@
 """`connect(url)`: what it makes of a URL, and how it sets up each kind of database."""
 
 import asyncio
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,11 +234,13 @@ async def test_an_isolation_level_is_never_sql(database_url: str) -> None:
         ('UPDATE "user" SET "name" = %s', False),
         ('WITH "x" AS (SELECT 1) SELECT * FROM "x"', False),
         ("SAVEPOINT s1", False),
+        ('UPDATE "temperature" SET "v" = ("temperature"."v" + 1)', False),
         ('CREATE TABLE IF NOT EXISTS "x" ("id" INTEGER)', False),
         ("SET LOCAL sql_mode = ''", True),
         ("SET TRANSACTION READ ONLY", True),
         ("SELECT 1; SET a.b = 'c'", True),
         ("CREATE TABLE pg_temp.x (y INTEGER)", True),
+        ('CREATE TABLE "temp"."x" (y INTEGER)', True),
         ("SET search_path TO x", True),
         ("set search_path to x", True),
         ("SELECT set_config('a.b', 'c', false)", True),
@@ -272,3 +275,15 @@ async def test_importing_an_application_on_a_running_loop_only_warns(sqlite_url:
         db.close()
     assert await db.count(Row.select()) == 0
     await db.close_pool()
+
+
+async def test_a_connection_may_be_closed_on_an_event_loop(sqlite_url: str) -> None:
+    """`db.close()` is no query: on a running loop it closes, and warns of nothing."""
+    db = connect(sqlite_url)
+    with db.allow_sync():
+        db.connect()
+        connection = db.connection()
+    assert db.close()
+    assert db.is_closed()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")

@@ -254,6 +254,17 @@ async def test_aclose_is_refused_inside_a_transaction(db: Database, seen: Seen) 
     assert seen() == ["ann"]
 
 
+async def test_aclose_leaves_a_block_its_connection(db: Database) -> None:
+    """`aclose` gives back what `aconnect` took, not what a block around it holds."""
+    for block in (db, db.connection_context()):
+        async with block:
+            before = await db.run(db.connection)
+            await db.aclose()
+            assert db.pool_stats.in_use == 1
+            assert await db.run(db.connection) is before
+        assert db.pool_stats.in_use == 0
+
+
 async def test_close_pool(db: Database, database_url: str) -> None:
     """`close_pool` closes all connections, those too whose task is gone."""
     await db.count(User.select())

@@ -257,6 +257,9 @@ class LeaseContext(_Block, ConnectionContext):
     it: the generator of a dependency or stream goes on in another thread, with another context.
     """
 
+    #: Entered by `db.aconnect()`, to be left by `db.aclose()`.
+    until_aclose = False
+
     _taken: Lease | None = None
     _request: RequestScope
 

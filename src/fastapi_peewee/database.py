@@ -179,7 +179,8 @@ class Database(peewee.Database):
         """Close this thread's connection. A lease is left to whoever took it: returns False."""
         if self._state.lease() is not None or self._state.homeless:
             return False
-        return bool(super().close())
+        with allow_sync():  # closing asks the server nothing, so it may be done on an event loop
+            return bool(super().close())
 
     def connection(self) -> Any:
         lease = self._state.lease()
@@ -367,12 +368,13 @@ class Database(peewee.Database):
             return
         await self.__aenter__()
         context: LeaseContext = self._state.ctx[-1]
+        context.until_aclose = True
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda _: detached(context.abandon()))
 
     async def aclose(self) -> None:
-        """Give back what `aconnect()` holds.
+        """Give back what `aconnect()` holds. What a block around this code holds is the block's.
 
         Raises:
             peewee.OperationalError: a transaction is open.
@@ -381,7 +383,8 @@ class Database(peewee.Database):
             return
         if self.in_transaction():
             raise peewee.OperationalError("Attempting to close database while transaction is open.")
-        await self.__aexit__(None, None, None)
+        if getattr(self._state.ctx[-1], "until_aclose", False):
+            await self.__aexit__(None, None, None)
 
     async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncGenerator[Any, None]:
         """Yield a query's rows, read `buffer_size` at a time.
@@ -484,7 +487,7 @@ _HARMLESS = re.compile(
 )
 _SETTING = re.compile(
     r"\b(set_config|\w*advisory\w*lock\w*|get_lock)\b|\binto\s+(temp(orary)?\b|@)|"
-    r"\b(pg_)?temp\w*[`\"]?\s*\.|@[\w.$`'\"]+\s*:?=|;\s*\S",
+    r"\b(pg_temp\w*|temp)[`\"]?\s*\.|@[\w.$`'\"]+\s*:?=|;\s*\S",
     re.IGNORECASE,
 )
 
