@@ -132,8 +132,8 @@ class Database(peewee.Database):
 
         Args:
             fn: takes no arguments. A plain function runs in the thread that has committed, an
-                `async` one on the event loop, once the connection has been given back. All of
-                them run, in this order; one that raises is logged and harms no other. Those
+                `async` one after those, on the event loop. All of them run, each kind in the
+                order of registration; one that raises is logged and harms no other. Those
                 registered in a savepoint that is rolled back are dropped.
 
         Raises:

@@ -1,7 +1,7 @@
 """Where Peewee finds its connection: in the context, else in the request, else in the thread.
 
 Peewee keeps connection and transaction state in `db._state`. This file replaces that object, and
-is the only one that uses names that Peewee keeps private. It knows nothing of pools or FastAPI.
+is the only one that imports what Peewee keeps private. It knows nothing of pools or FastAPI.
 """
 
 import os
