@@ -10,7 +10,8 @@ another::
             await mode.do(User.create, name="ann")
         assert seen() == ["ann"]
 
-A test module takes these fixtures with `connected, db, mode, observer, seen = modes.fixtures`.
+A test module takes these fixtures with `connected, db, mode, observer, seen = modes.fixtures`, and
+rows to begin with by `ann, three = modes.rows`.
 """
 
 import asyncio
@@ -203,6 +204,19 @@ def seen(observer: Any) -> Seen:
 
 
 fixtures = connected, db, mode, observer, seen
+
+
+@pytest.fixture
+async def ann(db: Database) -> Any:
+    return await User.acreate(name="ann")
+
+
+@pytest.fixture
+async def three(db: Database) -> list[Any]:
+    return [await User.acreate(name=name) for name in ("ann", "bob", "cid")]
+
+
+rows = ann, three
 
 
 def plain(url: str, **options: Any) -> peewee.Database:

@@ -19,16 +19,7 @@ from tests.modes import (
 )
 
 connected, db, mode, observer, seen = modes.fixtures
-
-
-@pytest.fixture
-async def ann(db: Database) -> Any:
-    return await User.acreate(name="ann")
-
-
-@pytest.fixture
-async def three(db: Database) -> list[Any]:
-    return [await User.acreate(name=name) for name in ("ann", "bob", "cid")]
+ann, three = modes.rows
 
 
 @pytest.fixture
