@@ -1,6 +1,7 @@
 """`connect(url)`, and where SQLite, PostgreSQL and MySQL differ: each is a class of Peewee's."""
 
 import functools
+import math
 import re
 import sqlite3
 import time
@@ -104,6 +105,10 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             lease.root.cursors.add(cursor)
         return cursor
 
+    def _initialize_connection(self, conn: Any) -> None:
+        super()._initialize_connection(conn)
+        conn.create_function("fastapi_peewee_float", 1, _json_float, deterministic=True)
+
     def open_rows(self, query: Any) -> Any:
         rows = super().open_rows(query)
         # A half-read query of a database in memory would keep all writers out.
@@ -121,6 +126,11 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if conn.in_transaction:
             conn.rollback()
         return not lease.tainted and not lease.state.get("read_only")
+
+
+def _json_float(value: Any) -> str | None:
+    """A float as JSON has it: SQLite prints 15 digits, which is another number, and `Inf`."""
+    return repr(value) if isinstance(value, float) and math.isfinite(value) else None
 
 
 # Functions, collations and attached files belong to connections: those that exist lack new ones.
@@ -163,6 +173,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)
+        kwargs.setdefault("client_encoding", "UTF8")
         super().init(database, **{**kwargs, "prefer_psycopg3": True})
 
     def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
@@ -177,6 +188,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     def taints(self, sql: str) -> bool:
         # What SET LOCAL sets ends with the transaction; on MySQL it is for the session.
         return not (sql.startswith("SET LOCAL ") and ";" not in sql) and super().taints(sql)
+
+    def texts(self, cursor: Any) -> list[bytes]:
+        result = cursor.pgresult  # as libpq has them: unread, in UTF-8
+        return [result.get_value(i, 0) for i in range(result.ntuples)]
 
     def reading(self) -> Atomic:
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
@@ -219,6 +234,11 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)
         super().init(database, **kwargs)
+
+    def _set_server_version(self, conn: Any) -> None:
+        super()._set_server_version(conn)
+        version = conn.get_server_info()
+        self.mariadb: bool = self.mariadb or "maria" in version.lower()
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         try:

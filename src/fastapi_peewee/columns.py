@@ -1,0 +1,167 @@
+"""The caller's query with the columns that a response needs: which rows, in which order, stays.
+
+A plan wraps the query, `SELECT … FROM (<query>) q`, so every column must have a name of its own.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import peewee
+from peewee import Alias, CompoundSelectQuery, FieldAlias, ModelAlias, ModelSelect
+
+from .trees import Leaf, Relation, Tree, primary_key
+
+
+class Unplannable(Exception):
+    """This query can't be wrapped, and the message says why: its instances are needed."""
+
+
+class Narrowed:
+    """A query that selects what a tree needs.
+
+    Attributes:
+        query: the query, never the caller's own object if anything was changed.
+        nodes: what it selects.
+        names: the names of the columns, in the same order.
+        places: for each part of the tree, by its `id()`, the index of its column. A relation's is
+            that of its `link`.
+    """
+
+    def __init__(self, query: Any, tree: Tree) -> None:
+        self.nodes: list[Any] = list(query._returning)
+        self.names: list[str] = []
+        self.places: dict[int, int] = {}
+        if _prunable(query):
+            self.query = self._prune(query, tree)
+        else:
+            self.query = query
+            self._find(query, tree)
+
+    def place(self, part: Leaf | Relation) -> int:
+        return self.places[id(part)]
+
+    def _prune(self, query: Any, tree: Tree) -> Any:
+        model = query.model
+        selected, others = self.nodes, []
+        # Expressions of the caller's stay, since ORDER BY may name them.
+        kept = [node for node in selected if not isinstance(node, peewee.Field | FieldAlias)]
+        only_fields = not kept
+        self.nodes, places = [], {}
+        for part in tree.fields:
+            field = part.link if isinstance(part, Relation) else part.field
+            if field is None:
+                others.append(part)
+                continue
+            if field.name not in places:
+                node = getattr(model, field.name)
+                if not (only_fields or query._group_by or _among(node, selected)):
+                    raise Unplannable(f"{field.name} isn't selected, and expressions are")
+                places[field.name] = len(self.nodes)
+                self.nodes.append(node.alias(f"c{len(self.nodes)}"))
+            self.places[id(part)] = places[field.name]
+        self.names = [node.name for node in self.nodes]
+        for node in kept:
+            name = _name(node)
+            if name is None or name in self.names:
+                raise Unplannable(f"it selects an expression without a name of its own: {name!r}")
+            self.names.append(name)
+            self.nodes.append(node)
+        for part in others:
+            if part.key not in self.names[len(places) :]:
+                raise Unplannable(f"nothing of the name {part.key!r} is selected")
+            self.places[id(part)] = self.names.index(part.key)
+        if not self.nodes:
+            raise Unplannable("the response has no fields")
+        clone = query.clone()
+        clone._returning = self.nodes
+        clone._is_default = False
+        clone._cursor_wrapper = None
+        return clone
+
+    def _find(self, query: Any, tree: Tree) -> None:
+        names = [_name(node) for node in self.nodes]
+        if None in names or len({name.lower() for name in names}) != len(names):
+            raise Unplannable("it selects columns without names or with equal ones")
+        self.names = names
+        model = query.model
+        for part in tree.fields:
+            field = part.link if isinstance(part, Relation) else part.field
+            if field is None:
+                place = next((i for i, name in enumerate(names) if name == part.key), None)
+            else:
+                node = getattr(model, field.name)
+                place = next((i for i, each in enumerate(self.nodes) if _same(each, node)), None)
+            if place is None:
+                raise Unplannable(f"{part.key!r} isn't selected, and more can't be added")
+            self.places[id(part)] = place
+
+
+def check(query: Any, tree: Tree) -> None:
+    """Raise `Unplannable` for queries whose instances hold more than their columns say."""
+    if not isinstance(query, peewee.BaseModelSelect):
+        raise Unplannable(f"a {type(query).__name__} isn't built of parts that could be changed")
+    if query._row_type not in (None, peewee.ROW.MODEL):
+        raise Unplannable("it doesn't return instances of its model")
+    if getattr(query, "_lateral", None) or getattr(query, "_windows", None):
+        raise Unplannable("it has LATERAL or named windows")
+    base = query
+    while isinstance(base, CompoundSelectQuery):
+        base = base.lhs
+    relations = {relation.key: relation for relation in tree.relations}
+    leaves = {leaf.key for leaf in tree.leaves if leaf.field is not None}
+    for joins in getattr(base, "_joins", {}).values():
+        for dest, attr, *_ in joins:
+            if attr in leaves or (
+                attr in relations and relations[attr].tree.model is not _model(dest)
+            ):
+                raise Unplannable(f"a join stores another row as {attr!r}")
+    for node in base._returning:
+        if isinstance(node, Alias) and (node.name in relations or node.name in leaves):
+            raise Unplannable(f"it selects something else by the name {node.name!r}")
+
+
+def _prunable(query: Any) -> bool:
+    """Whether columns can be added and left out without changing the rows."""
+    if not isinstance(query, ModelSelect) or query._simple_distinct:
+        return False
+    if query._distinct is not None and not query._distinct:
+        return False
+    if query._group_by:
+        grouped = list(query._group_by)
+        keys = primary_key(query.model)
+        return bool(keys) and all(_among(key, grouped) for key in keys)
+    return query._having is None
+
+
+def _model(source: Any) -> Any:
+    return source.model if isinstance(source, ModelAlias) else source
+
+
+def base_model(query: Any) -> Any:
+    return _model(query.model)
+
+
+def _name(node: Any) -> Any:
+    if isinstance(node, Alias):
+        return node.name
+    if isinstance(node, peewee.Field | FieldAlias):
+        return node.column_name
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two nodes are the same field of the same source (`==` builds an expression)."""
+    if isinstance(one, FieldAlias) and isinstance(other, FieldAlias):
+        return one.source is other.source and one.field is other.field
+    return one is other
+
+
+def _among(node: Any, nodes: list[Any]) -> bool:
+    return any(_same(node, each) for each in nodes)
+
+
+def expressions(narrowed: Narrowed, tree: Tree) -> Iterator[tuple[Leaf, Any]]:
+    """The leaves that are no column of the model, each with what the query selects for it."""
+    for leaf in tree.leaves:
+        if leaf.field is None:
+            yield leaf, narrowed.nodes[narrowed.place(leaf)].unwrap()

@@ -1,0 +1,463 @@
+"""The statement in which the database builds the JSON of a response, one text for each row.
+
+Only what prints exactly as Pydantic prints it may be in the tables below: the key is the field's
+class and Pydantic's type, both exactly. Everything else raises `NoJson`, and the rows are read
+instead. A test compares both ways over random models, schemas and rows.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peewee
+
+from .columns import Narrowed, Unplannable, check, expressions
+from .trees import Leaf, Relation, Tree
+
+
+class NoJson(Exception):
+    """The database can't build this JSON; the message says why."""
+
+
+_INTEGERS = (
+    peewee.AutoField,
+    peewee.BigAutoField,
+    peewee.BigIntegerField,
+    peewee.BitField,
+    peewee.IdentityField,
+    peewee.IntegerField,
+    peewee.PrimaryKeyField,
+    peewee.SmallIntegerField,
+)
+_FLOATS = (peewee.DoubleField, peewee.FloatField)
+_TEXTS = (peewee.CharField, peewee.TextField)
+
+#: What Pydantic's type may say beside its name: nothing that a value could fail or be changed by.
+_NEUTRAL = {"type", "metadata", "microseconds_precision", "ref"}
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def _table(*rows: tuple[tuple[type | str, ...], str, str]) -> dict[tuple[str, str], str]:
+    """Templates by field class and Pydantic type. Classes that cost an import are named."""
+    return {
+        (cls if isinstance(cls, str) else _path(cls), kind): template
+        for classes, kind, template in rows
+        for cls in classes
+    }
+
+
+_DASHES = (
+    "substr({0},1,8)||'-'||substr({0},9,4)||'-'||substr({0},13,4)||'-'||substr({0},17,4)"
+    "||'-'||substr({0},21)"
+)
+_HEX = "replace({v},'-','')"
+_PG_JSON = ("playhouse.postgres_ext.JSONField", "playhouse.postgres_ext.BinaryJSONField")
+_PG_SECONDS = (
+    "to_char({v}, CASE WHEN date_trunc('second', {v}) = {v} "
+    "THEN 'YYYY-MM-DD\"T\"HH24:MI:SS' ELSE 'YYYY-MM-DD\"T\"HH24:MI:SS.US' END)"
+)
+
+SQLITE = _table(
+    (_INTEGERS, "int", "{v}"),
+    (_FLOATS, "float", "json(fastapi_peewee_float({v}))"),
+    (_TEXTS, "str", "{v}"),
+    ((peewee.FixedCharField,), "str", "trim({v})"),
+    (
+        (peewee.BooleanField,),
+        "bool",
+        "json(CASE WHEN {v} IS NULL THEN 'null' WHEN {v} THEN 'true' ELSE 'false' END)",
+    ),
+    ((peewee.DateField,), "date", "{v}"),
+    ((peewee.TimeField,), "time", "{v}"),
+    (
+        (peewee.DateTimeField,),
+        "datetime",
+        "CASE length({v}) WHEN 10 THEN {v}||'T00:00:00' WHEN 23 THEN replace({v},' ','T')||'000' "
+        "ELSE replace(replace({v},' ','T'),'+00:00','Z') END",
+    ),
+    (
+        (peewee.TimestampField,),
+        "datetime",
+        "strftime('%Y-%m-%dT%H:%M:%S', {v}, 'unixepoch')",
+    ),
+    ((peewee.UUIDField,), "uuid", f"lower({_DASHES.format(_HEX)})"),
+    ((peewee.BinaryUUIDField,), "uuid", f"lower({_DASHES.format('hex({v})')})"),
+    (
+        (peewee.IPField,),
+        "str",
+        "({v}>>24)||'.'||(({v}>>16)&255)||'.'||(({v}>>8)&255)||'.'||({v}&255)",
+    ),
+    ((peewee.JSONField, "playhouse.sqlite_ext.JSONField"), "any", "json({v})"),
+)
+
+POSTGRESQL = _table(
+    (_INTEGERS, "int", "{v}"),
+    (_FLOATS, "float", "CASE WHEN abs({v}) < 'Infinity' THEN {v} END"),
+    ((peewee.DecimalField,), "decimal", "{v}::text"),
+    (_TEXTS, "str", "{v}"),
+    ((peewee.FixedCharField,), "str", "btrim({v}::text)"),
+    ((peewee.BooleanField,), "bool", "{v}"),
+    ((peewee.DateField,), "date", "{v}"),
+    (
+        (peewee.TimeField,),
+        "time",
+        "to_char({v}, CASE WHEN date_trunc('second', {v}) = {v}::interval "
+        "THEN 'HH24:MI:SS' ELSE 'HH24:MI:SS.US' END)",
+    ),
+    ((peewee.DateTimeField,), "datetime", _PG_SECONDS),
+    (
+        ("playhouse.postgres_ext.DateTimeTZField",),
+        "datetime",
+        _PG_SECONDS + "||CASE WHEN extract(timezone FROM {v}) = 0 THEN 'Z' "
+        "ELSE to_char({v}, 'TZH:TZM') END",
+    ),
+    (
+        (peewee.TimestampField,),
+        "datetime",
+        "to_char(to_timestamp({v}) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS')",
+    ),
+    ((peewee.UUIDField,), "uuid", "{v}"),
+    ((peewee.BinaryUUIDField,), "uuid", "encode({v},'hex')::uuid"),
+    ((peewee.IPField,), "str", "host('0.0.0.0'::inet + {v})"),
+    (
+        (
+            peewee.JSONField,
+            "playhouse.postgres_ext.JSONField",
+            "playhouse.postgres_ext.BinaryJSONField",
+        ),
+        "any",
+        "{v}",
+    ),
+)
+
+_MYSQL_UUID = _DASHES.replace("||", ",")
+
+MYSQL = _table(
+    (_INTEGERS, "int", "{v}"),
+    (_FLOATS, "float", "{v}"),
+    ((peewee.DecimalField,), "decimal", "CAST({v} AS CHAR)"),
+    (_TEXTS, "str", "{v}"),
+    ((peewee.FixedCharField,), "str", "TRIM({v})"),
+    ((peewee.BooleanField,), "bool", "CASE WHEN {v} THEN TRUE WHEN NOT {v} THEN FALSE END"),
+    ((peewee.DateField,), "date", "{v}"),
+    (
+        (peewee.TimeField,),
+        "time",
+        "IF(MICROSECOND({v}), TIME_FORMAT({v}, '%H:%i:%s.%f'), TIME_FORMAT({v}, '%H:%i:%s'))",
+    ),
+    (
+        (peewee.DateTimeField,),
+        "datetime",
+        "DATE_FORMAT({v}, IF(MICROSECOND({v}), '%Y-%m-%dT%H:%i:%s.%f', '%Y-%m-%dT%H:%i:%s'))",
+    ),
+    (
+        (peewee.UUIDField,),
+        "uuid",
+        "lower(concat(" + _MYSQL_UUID.format(_HEX) + "))",
+    ),
+    ((peewee.BinaryUUIDField,), "uuid", "lower(concat(" + _MYSQL_UUID.format("hex({v})") + "))"),
+    ((peewee.IPField,), "str", "INET_NTOA({v})"),
+    ((peewee.JSONField, "playhouse.mysql_ext.MySQLJSONField"), "any", "JSON_EXTRACT({v},'$')"),
+)
+
+_FORMATTED = (peewee.DateField, peewee.DateTimeField, peewee.TimeField)
+
+
+#: What a value's text is made of: text, nodes of Peewee's, or what writes into Peewee's context.
+Part = Any
+
+
+class JsonSql:
+    """Writes the text around a query; one object for one plan.
+
+    Args:
+        db: the database, for its dialect.
+        by_alias: whether the JSON's keys are the schema's aliases.
+
+    Attributes:
+        params: of the text before the query, in order.
+    """
+
+    leaves: dict[tuple[str, str], str]
+    most_pairs = 1000
+    longest_key = 1000
+
+    def __init__(self, db: Any, by_alias: bool) -> None:
+        self.db = db
+        self.by_alias = by_alias
+        self.params: list[Any] = []
+        self._sources = 0
+
+    def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
+        """What goes before and after the text of `narrowed.query`.
+
+        Raises:
+            NoJson: this can't be built by the database.
+        """
+        raise NotImplementedError
+
+    def inner(self, query: Any) -> Any:
+        """The query as it must be written inside."""
+        return query
+
+    def child(self, relation: Relation, link: Part) -> Part:
+        """The JSON of a relation's row or rows; `link` is the parent's column."""
+        raise NotImplementedError
+
+    def _pairs(
+        self, tree: Tree, narrowed: Narrowed, column: Callable[[int], Part]
+    ) -> Iterator[tuple[str, list[Part]]]:
+        """The keys and values of one object; `column(i)` is a source's i-th column."""
+        if tree.reasons or tree.instances:
+            raise NoJson((tree.reasons + tree.instances)[0])
+        for leaf, node in expressions(narrowed, tree):
+            if not (isinstance(node, peewee.Function) and node.name == "COUNT"):
+                raise NoJson(f"{leaf.key} is an expression")
+        shown = [part for part in tree.fields if not part.excluded]
+        if not 0 < len(shown) <= self.most_pairs:
+            raise NoJson(f"{tree.schema.__name__} has no fields or more than {self.most_pairs}")
+        for part in shown:
+            key = part.alias if self.by_alias else part.name
+            if len(key.encode()) > self.longest_key or "\0" in key or "\\" in key:
+                raise NoJson(f"{key!r} is too long or too odd a name")
+            value = column(narrowed.place(part))
+            if isinstance(part, Relation):
+                yield key, [self.child(part, value)]
+                continue
+            first, *others = self._literal(self._template(part)).split("{v}")
+            parts: list[Part] = [first]
+            for other in others:
+                parts += [value, other]
+            yield key, parts
+
+    def _template(self, leaf: Leaf) -> str:
+        kind = leaf.core["type"]
+        if leaf.field is None:
+            if kind == "int" and not set(leaf.core) - _NEUTRAL:
+                return "{v}"
+            raise NoJson(f"{leaf.name} is an expression that isn't read as int")
+        column = leaf.column
+        template = self.leaves.get((_path(type(column)), kind))
+        if template is None:
+            raise NoJson(f"{leaf.name} is a {type(column).__name__} read as {kind}")
+        odd = set(leaf.core) - _NEUTRAL
+        if odd == {"max_length"}:
+            longest = getattr(column, "max_length", None)
+            odd = set() if longest and longest <= leaf.core["max_length"] else odd
+        if odd:
+            raise NoJson(f"{leaf.name} is constrained: {', '.join(sorted(odd))}")
+        if isinstance(column, _FORMATTED) and column.formats is not type(column).formats:
+            raise NoJson(f"{leaf.name} has date formats of its own")
+        if isinstance(column, peewee.TimestampField) and (column.resolution > 1 or not column.utc):
+            raise NoJson(f"{leaf.name} is a timestamp with fractions or in local time")
+        if isinstance(column, peewee.DecimalField) and column.decimal_places > 6:
+            raise NoJson(f"{leaf.name} has more than 6 decimal places")
+        if kind == "any" and not _plain_json(column):
+            raise NoJson(f"{leaf.name} has a JSON encoder of its own")
+        return template
+
+    def _literal(self, text: str) -> str:
+        """Text of ours, as it is written where the driver looks for placeholders."""
+        return text.replace("%", "%%")
+
+    def _children(self, relation: Relation, link: Any) -> Any:
+        query = relation.children()
+        check(query, relation.tree)
+        return query.where(relation.target(query) == link)
+
+    def _narrowed(self, relation: Relation, query: Any) -> Narrowed:
+        try:
+            return Narrowed(query, relation.tree)
+        except Unplannable as error:
+            raise NoJson(f"{relation.name}: {error}") from error
+
+    def _name(self) -> str:
+        self._sources += 1
+        return f"q{self._sources}"
+
+
+class _Wrapping(JsonSql):
+    """Databases where a source in FROM may name the row around it."""
+
+    function: str
+    aggregate: str
+
+    def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
+        return f"SELECT {self._object(tree, narrowed, 'q')} FROM (", ") q"
+
+    def child(self, relation: Relation, link: Part) -> Part:
+        narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
+        name = self._name()
+        value = self._object(relation.tree, narrowed, name)
+        text, params = self._text(narrowed.query)
+        self.params += params
+        if relation.many:
+            value = self.aggregate.format(value)
+        return f"(SELECT {value} FROM ({text}) {name})"
+
+    def _object(self, tree: Tree, narrowed: Narrowed, name: str) -> str:
+        pairs = self._pairs(tree, narrowed, self._columns_of(narrowed, name))
+        inside = ", ".join(f"{self._string(key)}, {''.join(value)}" for key, value in pairs)
+        return f"{self.function}({inside})"
+
+    def _columns_of(self, narrowed: Narrowed, name: str) -> Callable[[int], str]:
+        return lambda i: f"{name}.{self._quote(narrowed.names[i])}"
+
+    def _text(self, query: Any) -> tuple[str, list[Any]]:
+        text, params = self.db.get_sql_context().parse(self.inner(query))
+        return text, params
+
+    def _quote(self, name: str) -> str:
+        return self._literal('"' + name.replace('"', '""') + '"')
+
+    def _string(self, text: str) -> str:
+        return self._literal("'" + text.replace("'", "''") + "'")
+
+
+class SqliteJson(_Wrapping):
+    leaves = SQLITE
+    function = "json_object"
+    aggregate = "json_group_array({})"
+    most_pairs = 60  # a function has at most 127 arguments
+
+    def _literal(self, text: str) -> str:
+        return text
+
+
+class PostgresqlJson(_Wrapping):
+    leaves = POSTGRESQL
+    longest_key = 63  # longer names are cut, silently
+
+    def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
+        values = self._values(tree, narrowed, "q")
+        return f"SELECT row_to_json(r)::text FROM (SELECT {values} FROM (", ") q) r"
+
+    def child(self, relation: Relation, link: Part) -> Part:
+        narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
+        name = self._name()
+        values = self._values(relation.tree, narrowed, name)
+        text, params = self._text(narrowed.query)
+        self.params += params
+        rows = f"SELECT row_to_json(r{name}) FROM (SELECT {values} FROM ({text}) {name}) r{name}"
+        return f"array_to_json(array({rows}))" if relation.many else f"({rows})"
+
+    def _values(self, tree: Tree, narrowed: Narrowed, name: str) -> str:
+        pairs = self._pairs(tree, narrowed, self._columns_of(narrowed, name))
+        return ", ".join(f"{''.join(value)} AS {self._quote(key)}" for key, value in pairs)
+
+
+class MysqlJson(_Wrapping):
+    """MySQL from 8.0.14."""
+
+    leaves = MYSQL
+    function = "JSON_OBJECT"
+    aggregate = "COALESCE(JSON_ARRAYAGG({}), JSON_ARRAY())"
+
+    def _quote(self, name: str) -> str:
+        return self._literal("`" + name.replace("`", "``") + "`")
+
+    def inner(self, query: Any) -> Any:
+        return query if query._limit is not None else query.limit(_ALL)
+
+
+#: Without a limit, MySQL and MariaDB forget the order of a query in FROM.
+_ALL = peewee.SQL("18446744073709551615")
+
+
+class MariadbJson(MysqlJson):
+    """MariaDB, where a source in FROM can't name the row around it: lists are aggregated directly.
+
+    Each list's query is rendered in a context of its own, with other numbers for its tables, so
+    that it can name a column of the query around it.
+    """
+
+    def child(self, relation: Relation, link: Part) -> Part:
+        if isinstance(link, str):
+            text, params = self._flat(relation, link)
+            self.params += params
+            return text
+
+        def write(ctx: Any) -> None:
+            start = len(ctx._sql)
+            ctx.sql(link)
+            name = "".join(ctx._sql[start:])
+            del ctx._sql[start:]
+            text, params = self._flat(relation, name)
+            ctx.literal(text)
+            ctx._values.extend(params)
+
+        return write
+
+    def _flat(self, relation: Relation, link: str) -> tuple[str, list[Any]]:
+        query = self._children(relation, peewee.SQL(link))
+        if (
+            isinstance(query, peewee.CompoundSelectQuery)
+            or query._group_by
+            or query._having is not None
+            or query._simple_distinct
+            or query._distinct is not None
+            or query._offset is not None
+        ):
+            raise NoJson(f"{relation.name}: MariaDB can neither group, skip nor unite its rows")
+        narrowed = self._narrowed(relation, query)
+        parts: list[Part] = ["JSON_OBJECT("]
+        pairs = self._pairs(relation.tree, narrowed, lambda i: narrowed.nodes[i].unwrap())
+        for number, (key, value) in enumerate(pairs):
+            parts += [", " if number else "", self._string(key), ", ", *value]
+        parts.append(")")
+        query = narrowed.query.clone()
+        if relation.many:
+            ordering = peewee.CommaNodeList(query._order_by or ())
+            limit = [" LIMIT ", _limit(query._limit)] if query._limit is not None else []
+            order = [" ORDER BY ", ordering] if query._order_by else []
+            parts = ["COALESCE(JSON_ARRAYAGG(", *parts, *order, *limit, "), JSON_ARRAY())"]
+            query._order_by = query._limit = None
+        query._returning = [_Text(*parts)]
+        ctx = self.db.get_sql_context()
+        self._sources += 1
+        ctx.alias_manager._counter = 100 * self._sources
+        text, params = ctx.parse(query)
+        return f"({text})", params
+
+
+def _limit(limit: Any) -> Any:
+    return str(limit) if isinstance(limit, int) else limit
+
+
+class _Text(peewee.ColumnBase):
+    """Text with nodes in between, and with functions that write what depends on the context."""
+
+    def __init__(self, *parts: Part) -> None:
+        self._parts = parts
+
+    def __sql__(self, ctx: Any) -> Any:
+        for part in self._parts:
+            if isinstance(part, str):
+                ctx.literal(part)
+            elif isinstance(part, peewee.Node):
+                ctx.sql(part)
+            else:
+                part(ctx)
+        return ctx
+
+
+def writer(db: Any) -> type[JsonSql]:
+    """The class that writes for this database."""
+    if isinstance(db, peewee.SqliteDatabase):
+        return SqliteJson
+    if isinstance(db, peewee.PostgresqlDatabase):
+        return PostgresqlJson
+    return MariadbJson if db.mariadb else MysqlJson
+
+
+def _plain_json(field: Any) -> bool:
+    """Whether Python's own encoder and decoder are used."""
+    names = ("_dumps", "_json_dumps", "dumps"), ("_loads", "_json_loads", "loads")
+    return all(
+        getattr(field, name, None) in (None, default)
+        for alternatives, default in zip(names, (json.dumps, json.loads), strict=True)
+        for name in alternatives
+    )

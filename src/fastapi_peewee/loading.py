@@ -1,0 +1,306 @@
+"""From a query and a response type to the response: the plan, and how it is carried out.
+
+Three plans, from the fastest to the most general; each is taken where the one before can't be:
+
+- *json*: one statement, in which the database builds the JSON;
+- *rows*: one statement for each relation, of the needed columns; Pydantic validates dictionaries;
+- *instances*: Peewee's model instances, with their relations loaded; Pydantic validates them.
+
+All give the same JSON. Nothing here knows of requests; `routing` calls it where a connection is.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import peewee
+from peewee import SQL, BaseModelSelect, Model
+
+from .columns import Narrowed, Unplannable, base_model, check
+from .json_sql import NoJson, writer
+from .trees import Relation, Response, Tree
+
+#: How many keys one statement asks for at most; SQLite takes 32,766 parameters.
+_KEYS_AT_ONCE = 10_000
+
+
+class Texts:
+    """The rows of a json plan, as the database sent them."""
+
+    __slots__ = ("many", "texts")
+
+    def __init__(self, texts: Sequence[bytes], many: bool) -> None:
+        self.texts = texts
+        self.many = many
+
+    def body(self) -> bytes:
+        if self.many:
+            return b"[" + b",".join(self.texts) + b"]"
+        return self.texts[0] if self.texts else b"null"
+
+
+class Plan:
+    """How the rows of queries of one shape become a response.
+
+    Attributes:
+        kind: the name of the plan.
+        reason: why it isn't a faster one; empty for json.
+    """
+
+    kind: Literal["json", "rows", "instances"]
+
+    def __init__(self, response: Response, reason: str = "") -> None:
+        self.response = response
+        self.reason = reason
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        """The (first) statement and its parameters."""
+        raise NotImplementedError
+
+    def load(self, db: Any) -> Any:
+        """Read everything, on the connection in force: `Texts`, or what Pydantic can validate."""
+        raise NotImplementedError
+
+
+class JsonPlan(Plan):
+    """One statement: text before, the query's own text, and text after it."""
+
+    kind = "json"
+
+    def __init__(self, response: Response, db: Any, tree: Tree, narrowed: Narrowed, by_alias: bool):
+        super().__init__(response)
+        sql = writer(db)(db, by_alias)
+        self._before, self._after = sql.around(tree, narrowed)
+        self._params = sql.params
+        self._query = sql.inner(narrowed.query)
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        text, params = db.get_sql_context().parse(self._query)
+        return self._before + text + self._after, self._params + params
+
+    def load(self, db: Any) -> Texts:
+        cursor = db.execute_sql(*self.statement(db))
+        return Texts(db.texts(cursor), self.response.many)
+
+
+class RowPlan(Plan):
+    """One statement for the query, and one for each relation."""
+
+    kind = "rows"
+
+    def __init__(self, response: Response, tree: Tree, narrowed: Narrowed, reason: str) -> None:
+        super().__init__(response, reason)
+        self._tree = tree
+        self._narrowed = narrowed
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        sql, params = db.get_sql_context().parse(self._narrowed.query)
+        return sql, params
+
+    def load(self, db: Any) -> Any:
+        with _one_snapshot(db, self._tree):
+            rows = list(self._narrowed.query.tuples().execute(db))
+            found = _dictionaries(db, self._tree, self._narrowed, rows)
+        return found if self.response.many else (found[0] if found else None)
+
+
+class InstancePlan(Plan):
+    """Peewee's instances, with the relations that the response needs."""
+
+    kind = "instances"
+
+    def __init__(self, response: Response, query: Any, reason: str) -> None:
+        super().__init__(response, reason)
+        self._query = query
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        sql, params = db.get_sql_context().parse(self._query)
+        return sql, params
+
+    def load(self, db: Any) -> Any:
+        query = self._query.clone()
+        query._cursor_wrapper = None
+        found = complete(db, list(query.execute(db)), self.response)
+        if self.response.many or self.response.schema is None:
+            return found
+        return found[0] if found else None
+
+
+def plan(
+    query: Any, response: Response, db: Any, *, by_alias: bool = True, as_json: bool = True
+) -> Plan:
+    """Choose the plan for a query. The database must be connected.
+
+    Args:
+        query: any of Peewee's queries that read.
+        response: what is wanted.
+        db: the database, of ours.
+        by_alias: whether the JSON has the schema's aliases as keys.
+        as_json: whether the database may build the JSON; not if a serialiser has more to do.
+    """
+    if not response.many and response.schema is not None and isinstance(query, BaseModelSelect):
+        query = query.limit(_ONE) if query._limit is None else query
+    try:
+        if response.schema is None:
+            raise Unplannable("the response is neither a Pydantic model nor a list of one")
+        if not isinstance(query, BaseModelSelect):
+            raise Unplannable(f"a {type(query).__name__} isn't built of parts that can be changed")
+        if query._load_tree:
+            raise Unplannable("the query says how its relations are loaded, with_related()")
+        tree = response.tree(base_model(query))
+        for each in tree.all():
+            if each.instances:
+                raise Unplannable(each.instances[0])
+        check(query, tree)
+        narrowed = Narrowed(query, tree)
+    except Unplannable as error:
+        return InstancePlan(response, query, str(error))
+    if not as_json:
+        return RowPlan(response, tree, narrowed, "the route's response_model_… options ask for it")
+    try:
+        return JsonPlan(response, db, tree, narrowed, by_alias)
+    except NoJson as error:
+        return RowPlan(response, tree, narrowed, str(error))
+
+
+_ONE = SQL("1")
+
+
+def complete(db: Any, instances: list[Any], response: Response) -> list[Any]:
+    """Instances with every relation that the response needs; the given ones aren't changed."""
+    if response.schema is None or not all(isinstance(each, Model) for each in instances):
+        return instances
+    models = {type(each) for each in instances}
+    if len(models) != 1:
+        return instances
+    tree = response.tree(models.pop())
+    with _one_snapshot(db, tree):
+        return _with_relations(db, tree, instances)
+
+
+def _one_snapshot(db: Any, tree: Tree) -> AbstractContextManager[Any]:
+    """Several statements must see the same rows."""
+    if db.in_transaction() or not any(tree.relations):
+        return nullcontext()
+    level = None if isinstance(db, peewee.SqliteDatabase) else "REPEATABLE READ"
+    return db.atomic(level, read_only=True)
+
+
+def _chunks(keys: Any) -> Iterator[list[Any]]:
+    keys = [key for key in dict.fromkeys(keys) if key is not None]
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        yield keys[start : start + _KEYS_AT_ONCE]
+
+
+def _dictionaries(db: Any, tree: Tree, narrowed: Narrowed, rows: list[Any]) -> list[dict[str, Any]]:
+    places = [(leaf.key, narrowed.place(leaf)) for leaf in tree.leaves]
+    found = [{key: row[place] for key, place in places} for row in rows]
+    for relation in tree.relations:
+        place = narrowed.place(relation)
+        children = _children(db, relation, [row[place] for row in rows])
+        for row, values in zip(rows, found, strict=True):
+            values[relation.key] = _of(relation, children, row[place])
+    return found
+
+
+def _of(relation: Relation, children: dict[Any, list[Any]], key: Any) -> Any:
+    if relation.many:
+        return children.get(key, [])
+    rows = children.get(key)
+    return rows[0] if rows else None
+
+
+def _children(db: Any, relation: Relation, keys: Any) -> dict[Any, list[dict[str, Any]]]:
+    """A relation's rows as dictionaries, by the parents' keys."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for chunk in _chunks(keys):
+        query = relation.children()
+        target = relation.target(query)
+        narrowed = Narrowed(_unlimited(query).where(target << chunk), relation.tree)
+        clone = narrowed.query.clone()
+        clone._returning = [*clone._returning, target.alias("fastapi_peewee_key")]
+        rows = list(clone.tuples().execute(db))
+        dictionaries = _dictionaries(db, relation.tree, narrowed, rows)
+        for row, values in zip(rows, dictionaries, strict=True):
+            found.setdefault(row[-1], []).append(values)
+    return _limited(relation, found)
+
+
+def _unlimited(query: Any) -> Any:
+    clone = query.clone()
+    clone._limit = clone._offset = None
+    return clone
+
+
+def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
+    """A relation's limit and offset are for each parent."""
+    query = relation.query
+    if query is None or (query._limit is None and query._offset is None):
+        return found
+    start = query._offset or 0
+    stop = None if query._limit is None else start + query._limit
+    return {key: rows[start:stop] for key, rows in found.items()}
+
+
+def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
+    if not instances or not any(tree.relations):
+        return instances
+    copies = []
+    for instance in instances:
+        clone = copy.copy(instance)
+        clone.__rel__ = dict(instance.__rel__)
+        copies.append(clone)
+    for relation in tree.relations:
+        if relation.many:
+            _add_lists(db, relation, copies)
+        else:
+            _add_rows(db, relation, copies)
+    return copies
+
+
+def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
+    name, key = relation.fk.name, relation.fk.rel_field.name
+    found: dict[Any, Any] = {}
+    missing = [each for each in instances if name not in each.__rel__]
+    for chunk in _chunks(each.__data__.get(name) for each in missing):
+        query = relation.tree.model.select().where(relation.fk.rel_field << chunk)
+        found.update((each.__data__[key], each) for each in query.execute(db))
+    for each in missing:
+        value = each.__data__.get(name)
+        if value in found:
+            each.__rel__[name] = found[value]
+    there = [each for each in instances if each.__rel__.get(name) is not None]
+    rows = _with_relations(db, relation.tree, [each.__rel__[name] for each in there])
+    for each, row in zip(there, rows, strict=True):
+        each.__rel__[name] = row
+
+
+def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
+    link = relation.link.name
+    given = {id(each): each.__dict__.get(relation.key) for each in instances}
+    missing = [each for each in instances if not isinstance(given[id(each)], list)]
+    found: dict[Any, list[Any]] = {}
+    for chunk in _chunks(each.__data__.get(link) for each in missing):
+        query = relation.children()
+        target = relation.target(query)
+        query = _unlimited(query).where(target << chunk)
+        query = query.select_extend(target.alias("fastapi_peewee_key"))
+        if relation.through is not None:  # else the key would become the link's attribute
+            query = query.objects()
+        for row in query.execute(db):
+            found.setdefault(row.fastapi_peewee_key, []).append(row)
+    found = _limited(relation, found)
+    for each in instances:
+        rows = given[id(each)]
+        if not isinstance(rows, list):
+            rows = found.get(each.__data__.get(link), [])
+        rows = _with_relations(db, relation.tree, rows)
+        if relation.through is None:
+            each.__dict__[relation.key] = rows
+        else:
+            # What Peewee's accessor looks for: rows of the link table that were loaded before.
+            each.__dict__[relation.fk.backref] = [
+                SimpleNamespace(**{relation.through.name: row}) for row in rows
+            ]

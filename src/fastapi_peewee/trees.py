@@ -1,0 +1,302 @@
+"""What a response type asks of a model: a tree of columns and relations.
+
+It reads Pydantic's core schema and Peewee's metadata, once for each pair; no query is looked at
+and no SQL is written here. Where something can't be told, the tree holds the reason in words, and
+`loading` takes a more general way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from inspect import getattr_static
+from typing import Any
+
+import peewee
+from peewee import BackrefAccessor, ManyToManyFieldAccessor
+from pydantic import TypeAdapter
+
+#: Settings of a Pydantic class that change nothing in the JSON of what came from the database.
+_HARMLESS_CONFIG = {
+    "extra_fields_behavior",
+    "from_attributes",
+    "frozen",
+    "loc_by_alias",
+    "serialize_by_alias",
+    "title",
+    "validate_by_alias",
+    "validate_by_name",
+    "validate_default",
+    "validation_error_cause",
+}
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A field of the schema that is one column, or one expression that the query selects.
+
+    Attributes:
+        name: the schema's field.
+        alias: its name in JSON, where aliases are used.
+        key: the attribute of the instance that Pydantic would read.
+        field: the model's field; None where the query must select something of the name `key`.
+        core: Pydantic's schema of one value, without defaults and `None`.
+        excluded: it is validated but not in the JSON.
+    """
+
+    name: str
+    alias: str
+    key: str
+    field: Any
+    core: dict[str, Any]
+    excluded: bool = False
+
+    @property
+    def column(self) -> Any:
+        """The field that says how the column is stored: at the end of a chain of foreign keys."""
+        field = self.field
+        while isinstance(field, peewee.ForeignKeyField):
+            field = field.rel_field
+        return field
+
+
+@dataclass(slots=True)
+class Relation:
+    """A field of the schema that is another row, or a list of them.
+
+    Attributes:
+        name, alias, key, excluded: as in `Leaf`.
+        tree: what is wanted of the other model.
+        many: whether it is a list.
+        fk: the foreign key: on this model (a row), or on the other one or the link table (a list).
+        through: the link table's foreign key to the other model, of a many-to-many relation.
+        query: selects, orders and limits the list, for each parent; None for all in key order.
+        nullable: whether there may be no row.
+    """
+
+    name: str
+    alias: str
+    key: str
+    tree: "Tree"
+    many: bool
+    fk: Any
+    through: Any = None
+    query: Any = None
+    nullable: bool = False
+    excluded: bool = False
+
+    @property
+    def link(self) -> Any:
+        """The field of this model whose value the other rows are found by."""
+        return self.fk.rel_field if self.many else self.fk
+
+    def children(self) -> Any:
+        """The other model's rows of all parents, unordered if nothing is said of their order."""
+        query = self.tree.model.select() if self.query is None else self.query
+        if self.through is not None:
+            target = self.through.rel_field
+            query = query.switch(query.model).join(
+                self.through.model, on=(self.through == getattr(query.model, target.name))
+            )
+        if self.many and not query._order_by:
+            query = query.order_by(*primary_key(query.model))
+        return query
+
+    def target(self, query: Any) -> Any:
+        """The column of `children()` that holds the parent's `link`."""
+        if self.through is not None:
+            return self.fk
+        return getattr(query.model, self.fk.name if self.many else self.fk.rel_field.name)
+
+
+@dataclass(slots=True)
+class Tree:
+    """One model's part of a response.
+
+    Attributes:
+        model: Peewee's class.
+        schema: Pydantic's class.
+        fields: in the schema's order.
+        reasons: why the database can't build the JSON, or a dictionary can't stand for the row.
+    """
+
+    model: Any
+    schema: Any
+    fields: list[Leaf | Relation] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    instances: list[str] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> Iterator[Leaf]:
+        return (part for part in self.fields if isinstance(part, Leaf))
+
+    @property
+    def relations(self) -> Iterator[Relation]:
+        return (part for part in self.fields if isinstance(part, Relation))
+
+    def all(self) -> "Iterator[Tree]":
+        """This tree and those of its relations."""
+        yield self
+        for relation in self.relations:
+            yield from relation.tree.all()
+
+
+def primary_key(model: Any) -> list[Any]:
+    """The fields of the key; of an alias, those of the alias. Empty if there is none."""
+    return [getattr(model, field.name) for field in model._meta.get_primary_keys()]
+
+
+class Response:
+    """A response type taken apart: a list of models, one model, or neither.
+
+    Attributes:
+        adapter: Pydantic's.
+        many: whether it is a list.
+        nullable: whether `None` is an answer.
+        schema: the core schema of the model; None for other types.
+    """
+
+    def __init__(self, type_: Any) -> None:
+        self.type = type_
+        self.adapter: TypeAdapter[Any] = TypeAdapter(type_)
+        self._definitions: dict[str, Any] = {}
+        core, self.nullable = self._resolve(self.adapter.core_schema)
+        self.many = core["type"] == "list" and not set(core) - {"type", "items_schema", "metadata"}
+        if self.many:
+            core, optional_items = self._resolve(core["items_schema"])
+            if optional_items:
+                core = {"type": "nullable"}
+        self.schema = core if core["type"] == "model" and not core.get("root_model") else None
+        self._trees: dict[Any, Tree] = {}
+
+    def tree(self, model: Any) -> Tree:
+        """What the response asks of `model`. `self.schema` must not be None."""
+        tree = self._trees.get(model)
+        if tree is None:
+            tree = self._trees[model] = self._tree(self.schema, model, ())
+        return tree
+
+    def _resolve(self, core: Any) -> tuple[Any, bool]:
+        """Follow references, defaults and `Optional`. Returns what is left, and if it's optional"""
+        nullable = False
+        while True:
+            kind = core["type"]
+            if kind == "definitions":
+                self._definitions.update({each["ref"]: each for each in core["definitions"]})
+                core = core["schema"]
+            elif kind == "definition-ref":
+                core = self._definitions[core["schema_ref"]]
+            elif kind == "nullable":
+                nullable, core = True, core["schema"]
+            elif kind == "default" and "serialization" not in core:
+                core = core["schema"]
+            else:
+                return core, nullable
+
+    def _tree(self, core: Any, model: Any, above: tuple[Any, ...]) -> Tree:
+        schema = core["cls"]
+        tree = Tree(model, schema)
+        fields = core["schema"]
+        if (
+            fields["type"] != "model-fields"
+            or core.get("custom_init")
+            or "serialization" in core
+            or getattr(schema, "__pydantic_root_model__", False)
+        ):
+            tree.reasons.append(f"{schema.__name__} has validators or serialisers of its own")
+            while fields["type"] != "model-fields" and "schema" in fields:
+                fields = fields["schema"]  # a model validator around them
+            if fields["type"] != "model-fields":
+                tree.instances.append(f"{schema.__name__} is validated as a whole")
+                return tree
+            if fields is not core["schema"]:
+                tree.instances.append(f"{schema.__name__} has a validator of the whole model")
+        if core.get("post_init"):
+            tree.reasons.append(f"{schema.__name__} has private attributes or model_post_init")
+        if fields.get("computed_fields"):
+            tree.reasons.append(f"{schema.__name__} has computed fields")
+        if fields.get("extras_schema"):
+            tree.reasons.append(f"{schema.__name__} takes extra fields")
+        config = core.get("config") or {}
+        if odd := sorted(set(config) - _HARMLESS_CONFIG):
+            tree.reasons.append(f"the settings of {schema.__name__} may matter: {', '.join(odd)}")
+        by_alias = config.get("validate_by_alias", True)
+        by_name = config.get("validate_by_name", config.get("populate_by_name", False))
+        for name, part in fields["fields"].items():
+            keys = [part["validation_alias"]] if by_alias and "validation_alias" in part else []
+            if by_name or not keys:
+                keys.append(name)
+            if not all(isinstance(key, str) for key in keys):
+                tree.instances.append(f"{name} is read by a path or by several aliases")
+                continue
+            if "serialization_exclude_if" in part:
+                tree.reasons.append(f"{name} is excluded now and then")
+            self._add(tree, name, keys, part, (*above, schema))
+        return tree
+
+    def _add(
+        self, tree: Tree, name: str, keys: list[str], part: Any, above: tuple[Any, ...]
+    ) -> None:
+        model = tree.model
+        alias = part.get("serialization_alias", name)
+        excluded = bool(part.get("serialization_exclude"))
+        core, nullable = self._resolve(part["schema"])
+        key, found = next(
+            ((key, found) for key in keys if (found := _attribute(model, key)) is not None),
+            (keys[0], None),
+        )
+        if found is None:
+            if getattr_static(model, key, None) is not None:
+                tree.instances.append(f"{key} is an attribute of {model.__name__}, but no column")
+            else:  # selected beside the model's columns, or the plan is one with instances
+                tree.fields.append(Leaf(name, alias, key, None, core, excluded))
+            return
+        if isinstance(found, peewee.Field) and not _is_relation(model, key, found):
+            tree.fields.append(Leaf(name, alias, key, found, core, excluded))
+            return
+        metadata = tree.schema.model_fields[name].metadata
+        query = next((each for each in metadata if isinstance(each, peewee.BaseModelSelect)), None)
+        many = not isinstance(found, peewee.ForeignKeyField)
+        if many:
+            if core["type"] != "list" or nullable:
+                tree.instances.append(f"{key} is a list of rows, but {name} isn't a plain list")
+                return
+            if set(core) - {"type", "items_schema", "metadata"}:
+                tree.reasons.append(f"{name} is limited in length or strict")
+            core, optional_items = self._resolve(core["items_schema"])
+            if optional_items:
+                tree.instances.append(f"{name} is a list whose items may be None")
+                return
+        if core["type"] != "model" or core.get("root_model"):
+            tree.instances.append(f"{key} is another row, but {name} isn't a Pydantic model")
+            return
+        fk, through, other = found, None, None
+        if isinstance(found, BackrefAccessor):
+            fk, other = found.field, found.rel_model
+        elif isinstance(found, ManyToManyFieldAccessor):
+            fk, through, other = found.src_fk, found.dest_fk, found.rel_model
+        else:
+            other = found.rel_model
+        if core["cls"] in above:
+            tree.instances.append(f"{name} is of a type that contains itself, to no stated depth")
+            return
+        below = self._tree(core, other, above)
+        tree.fields.append(
+            Relation(name, alias, key, below, many, fk, through, query, nullable, excluded)
+        )
+
+
+def _attribute(model: Any, key: str) -> Any:
+    """The field, the foreign key or the accessor of other rows that `instance.key` reads."""
+    accessor = getattr_static(model, key, None)
+    if isinstance(accessor, ManyToManyFieldAccessor | BackrefAccessor):
+        return accessor
+    field = getattr(accessor, "field", None)
+    return field if isinstance(field, peewee.Field) else None
+
+
+def _is_relation(model: Any, key: str, field: Any) -> bool:
+    return (
+        isinstance(field, peewee.ForeignKeyField)
+        and key == field.name
+        and field.lazy_load
+        and key != field.object_id_name
+    )
