@@ -18,6 +18,7 @@ ORDER = [
     "exceptions",
     "gate",
     "state",
+    "shapes",
     "pool",
     "calls",
     "blocks",
