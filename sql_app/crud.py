@@ -1,14 +1,14 @@
 """What the application does with the database: plain synchronous Peewee.
 
-`def` endpoints call these functions as they are, `async def` ones with `await db.run(…)`.
+`def` endpoints call these functions as they are, `async def` ones with `await db.run(…)`. Lists are
+queries: whoever iterates them gets models, and an endpoint that returns one lets the response model
+decide what is read.
 """
 
 import peewee
 
 from . import models, schemas
 from .security import hash_password
-
-_with_items = peewee.Load(models.User.items, strategy=peewee.PREFETCH_TYPE.MATERIALIZE)
 
 
 def get_user(user_id: int) -> models.User | None:
@@ -19,9 +19,8 @@ def get_user_by_email(email: str) -> models.User | None:
     return models.User.get_or_none(models.User.email == email)
 
 
-def get_users(skip: int = 0, limit: int = 100) -> list[models.User]:
-    query = models.User.select().order_by(models.User.id).offset(skip).limit(limit)
-    return list(query.with_related(_with_items))
+def get_users(skip: int = 0, limit: int = 100) -> peewee.ModelSelect:
+    return models.User.select().order_by(models.User.id).offset(skip).limit(limit)
 
 
 def create_user(user: schemas.UserCreate, hashed_password: str | None = None) -> models.User:
@@ -37,8 +36,8 @@ def create_user(user: schemas.UserCreate, hashed_password: str | None = None) ->
     return models.User.create(email=user.email, hashed_password=hashed_password)
 
 
-def get_items(skip: int = 0, limit: int = 100) -> list[models.Item]:
-    return list(models.Item.select().order_by(models.Item.id).offset(skip).limit(limit))
+def get_items(skip: int = 0, limit: int = 100) -> peewee.ModelSelect:
+    return models.Item.select().order_by(models.Item.id).offset(skip).limit(limit)
 
 
 def create_user_item(item: schemas.ItemCreate, user_id: int) -> models.Item:

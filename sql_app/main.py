@@ -76,16 +76,13 @@ def create_user(
 
 
 @app.get("/users/", response_model=list[schemas.User])
-def read_users(skip: Skip = 0, limit: Limit = 100) -> list[models.User]:
+def read_users(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
     return crud.get_users(skip, limit)
 
 
 @app.get("/users/{user_id}", response_model=schemas.User)
-def read_user(user_id: UserId) -> models.User:
-    user = crud.get_user(user_id)
-    if user is None:
-        raise HTTPException(404, "User not found")
-    return user
+def read_user(user_id: UserId) -> peewee.ModelSelect:
+    return models.User.select().where(models.User.id == user_id)
 
 
 @app.post("/users/{user_id}/items/", response_model=schemas.Item)
@@ -97,7 +94,7 @@ def create_item_for_user(user_id: UserId, item: schemas.ItemCreate) -> models.It
 
 
 @app.get("/items/", response_model=list[schemas.Item])
-def read_items(skip: Skip = 0, limit: Limit = 100) -> list[models.Item]:
+def read_items(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
     return crud.get_items(skip, limit)
 
 
@@ -105,7 +102,7 @@ sleep_time = 10
 
 
 @app.get("/slowusers/", response_model=list[schemas.User])
-def read_slow_users(skip: Skip = 0, limit: Limit = 100) -> list[models.User]:
+def read_slow_users(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
     """As `/users/`, after a sleep with a connection in its hands, shorter from call to call."""
     global sleep_time
     sleep_time = max(0, sleep_time - 1)

@@ -1,16 +1,8 @@
 """What comes in and what goes out."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    SecretStr,
-    StringConstraints,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, StringConstraints
 
 #: What every database stores in a column of 255 characters: PostgreSQL knows no NUL.
 Text = Annotated[str, StringConstraints(max_length=255, pattern=r"^[^\x00]*$")]
@@ -28,39 +20,34 @@ Password = Annotated[
 
 
 class ItemBase(BaseModel):
-    title: Text
-    description: Text | None = None
+    title: str
+    description: str | None = None
 
 
 class ItemCreate(ItemBase):
     model_config = ConfigDict(extra="forbid")
 
+    title: Text
+    description: Text | None = None
+
 
 class Item(ItemBase):
-    model_config = ConfigDict(from_attributes=True)
-
     id: int
     owner_id: int
 
 
 class UserBase(BaseModel):
-    email: Text
+    email: str
 
 
 class UserCreate(UserBase):
     model_config = ConfigDict(extra="forbid")
 
+    email: Text
     password: Password
 
 
-def _in_id_order(items: Iterable[Any]) -> list[Any]:
-    """Peewee gives a query for `user.items`, or a list if it was loaded with the user."""
-    return sorted(items, key=lambda item: item.id)
-
-
 class User(UserBase):
-    model_config = ConfigDict(from_attributes=True)
-
     id: int
     is_active: bool
-    items: Annotated[list[Item], BeforeValidator(_in_id_order)]
+    items: list[Item]

@@ -10,6 +10,7 @@ All give the same JSON. Nothing here knows of requests; `routing` calls it where
 """
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -166,6 +167,87 @@ def plan(
 
 
 _ONE = SQL("1")
+
+
+def is_query(value: Any) -> bool:
+    """Whether this is something that one can execute."""
+    return isinstance(value, peewee.BaseQuery)
+
+
+class Plans:
+    """The plans of one response type: an endpoint's, say.
+
+    Args:
+        type_: the response type; None if there is none.
+        by_alias, as_json: as for `plan`.
+    """
+
+    def __init__(self, type_: Any, *, by_alias: bool = True, as_json: bool = True) -> None:
+        self._type = type_
+        self._by_alias = by_alias
+        self._as_json = as_json
+
+    @functools.cached_property
+    def response(self) -> Response:
+        return Response(self._type)
+
+    def incomplete(self, value: Any) -> bool:
+        """Whether these are instances whose relations may have to be read."""
+        if self._type is None:
+            return False
+        if isinstance(value, list) and value:
+            value = value[0]
+        if not isinstance(value, Model) or self.response.schema is None:
+            return False
+        return any(self.response.tree(type(value)).relations)
+
+    def load(self, value: Any) -> Any:
+        """What the endpoint returned as `Texts`, or as what Pydantic can validate.
+
+        Raises:
+            peewee.DoesNotExist: there is no row, and the type is neither a list nor optional.
+            TypeError: a query that can't be answered with.
+        """
+        if is_query(value):
+            loaded = self._load_query(value)
+            if loaded is None or (isinstance(loaded, Texts) and not (loaded.many or loaded.texts)):
+                self._check_missing(getattr(value, "model", None))
+            return loaded
+        if value is None:
+            if self._type is not None:
+                self._check_missing(None)
+        elif self.incomplete(value):
+            many = isinstance(value, list)
+            instances = value if many else [value]
+            completed = complete(database_of(instances[0]), instances, self.response)
+            return completed if many else completed[0]
+        return value
+
+    def _load_query(self, query: Any) -> Any:
+        if self._type is None:
+            raise TypeError(
+                "A query was returned, but the route has no response model, which would say what "
+                "to read. Add `response_model=list[…]`, or return a list of the query's rows."
+            )
+        if not isinstance(query, peewee.SelectBase | peewee.RawQuery):
+            raise TypeError(
+                f"A {type(query).__name__} was returned that has not been executed. Call its "
+                "`execute()` and return what the client should see."
+            )
+        db = database_of(query)
+        chosen = plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
+        return chosen.load(db)
+
+    def _check_missing(self, model: Any) -> None:
+        response = self.response
+        if response.schema is not None and not response.many and not response.nullable:
+            raise (peewee.DoesNotExist if model is None else model.DoesNotExist)
+
+
+def database_of(value: Any) -> Any:
+    """The database of a query or of an instance."""
+    db = value._meta.database if isinstance(value, Model) else value._database
+    return db.obj if isinstance(db, peewee.Proxy) else db
 
 
 def complete(db: Any, instances: list[Any], response: Response) -> list[Any]:

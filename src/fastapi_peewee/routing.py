@@ -1,4 +1,4 @@
-"""`PeeweeRoute`: a `def` endpoint as one call in one worker thread, everything else as FastAPI.
+"""`PeeweeRoute`: a `def` endpoint as one call in one worker thread, a returned query as response.
 
 FastAPI alone takes a `def` endpoint through two thread hops and more (the endpoint, the validation
 of what it returns, each sync dependency), none of which could share a connection. The names that
@@ -30,6 +30,7 @@ from fastapi.routing import (
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from .handlers import CONFLICT, NOT_FOUND
+from .loading import Plans, Texts, is_query
 from .state import RequestScope
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -45,8 +46,13 @@ class PeeweeRoute(APIRoute):
     `Peewee(db).init_app(app)` makes it the class of the application's own routes. The endpoint and
     the validation of what it returns (which may load relations) run in one worker thread under one
     lease; the response is serialised there too, after the lease has been given back. Sync
-    background tasks get a lease of their own. `async def` endpoints and generators are FastAPI's,
-    and so is a `def` endpoint marked with `@without_lease`.
+    background tasks get a lease of their own. Generators are FastAPI's, and so is an endpoint
+    marked with `@without_lease`.
+
+    An endpoint, `def` or `async def`, may return a query that wasn't executed: the response model
+    decides what is read. A model that isn't a list takes the first row; if there is none, or if the
+    endpoint returns `None`, the response is `null` where the model is optional, otherwise 404.
+    Returned model instances get the relations that the response model has.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
@@ -63,11 +69,11 @@ class PeeweeRoute(APIRoute):
         if route is None or route.original_route is not self:
             route = self
         endpoint = route.dependant.call
-        if not _runs_in_thread(endpoint):
+        if is_generator(endpoint) or not getattr(endpoint, "_fastapi_peewee_lease", True):
             return _with_leased_background(super().get_route_handler())
         dependant, field = route.dependant, route.response_field
         route.dependant = copy.copy(dependant)
-        route.dependant.call = _in_one_hop(route, endpoint, field)
+        route.dependant.call = _answering(route, endpoint, field)
         route.response_field = _OUTCOME
         try:
             handler = super().get_route_handler()
@@ -87,14 +93,6 @@ def without_lease(endpoint: Endpoint) -> Endpoint:
     """
     endpoint._fastapi_peewee_lease = False  # type: ignore[attr-defined]
     return endpoint
-
-
-def _runs_in_thread(endpoint: Any) -> bool:
-    return (
-        getattr(endpoint, "_fastapi_peewee_lease", True)
-        and not _is_coroutine_callable(endpoint)
-        and not is_generator(endpoint)
-    )
 
 
 def is_generator(endpoint: Any) -> bool:
@@ -128,44 +126,74 @@ class _OutcomeField:
 _OUTCOME = _OutcomeField()
 
 
-def _in_one_hop(
-    route: Any, endpoint: Callable[..., Any], field: Any
-) -> Callable[..., Coroutine[Any, Any, Any]]:
-    as_bytes = isinstance(route.response_class, DefaultPlaceholder)
-    options = {
-        "include": route.response_model_include,
-        "exclude": route.response_model_exclude,
-        "by_alias": route.response_model_by_alias,
-        "exclude_unset": route.response_model_exclude_unset,
-        "exclude_defaults": route.response_model_exclude_defaults,
-        "exclude_none": route.response_model_exclude_none,
-    }
+class _Answers:
+    """What becomes of what one route's endpoint returns."""
 
-    def leased(values: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-        returned = endpoint(**values)
+    def __init__(self, route: Any, field: Any) -> None:
+        self._field = field
+        self._as_bytes = isinstance(route.response_class, DefaultPlaceholder)
+        self._options = {
+            "include": route.response_model_include,
+            "exclude": route.response_model_exclude,
+            "by_alias": route.response_model_by_alias,
+            "exclude_unset": route.response_model_exclude_unset,
+            "exclude_defaults": route.response_model_exclude_defaults,
+            "exclude_none": route.response_model_exclude_none,
+        }
+        plain = self._as_bytes and not any(
+            value for name, value in self._options.items() if name != "by_alias"
+        )
+        self._plans = Plans(
+            route.response_model, by_alias=route.response_model_by_alias, as_json=plain
+        )
+
+    def needs_database(self, returned: Any) -> bool:
+        return is_query(returned) or self._plans.incomplete(returned)
+
+    def load(self, returned: Any) -> tuple[Any, Any, list[Any]]:
+        """Read and validate, with a connection: what was returned, the response, the errors."""
         if isinstance(returned, Response):
             return returned, None, []
-        if field is None:
-            return returned, jsonable_encoder(returned), []
-        return returned, *field.validate(returned, {}, loc=("response",))
+        value = self._plans.load(returned)
+        if isinstance(value, Texts):
+            return returned, value, []
+        if self._field is None:
+            return returned, jsonable_encoder(value), []
+        return returned, *self._field.validate(value, {}, loc=("response",))
 
-    def serialised(outcome: tuple[Any, Any, list[Any]]) -> Any:
+    def serialise(self, outcome: tuple[Any, Any, list[Any]]) -> Any:
         returned, value, errors = outcome
         if isinstance(returned, Response):
             return returned
         if errors:
             return _Outcome(returned, None, errors)
-        if field is not None:
-            serialize = field.serialize_json if as_bytes else field.serialize
-            value = serialize(value, **options)
-        elif as_bytes:
+        if isinstance(value, Texts):
+            value = value.body()
+        elif self._field is not None:
+            serialize = self._field.serialize_json if self._as_bytes else self._field.serialize
+            value = serialize(value, **self._options)
+        elif self._as_bytes:
             value = JSONResponse(value).body
         return _Outcome(returned, value, [])
 
-    @functools.wraps(endpoint)
-    async def call(**values: Any) -> Any:
-        return await _database().call(partial(leased, values), serialised)
 
+def _answering(
+    route: Any, endpoint: Callable[..., Any], field: Any
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    answers = _Answers(route, field)
+
+    @functools.wraps(endpoint)
+    async def in_one_hop(**values: Any) -> Any:
+        return await _database().call(lambda: answers.load(endpoint(**values)), answers.serialise)
+
+    @functools.wraps(endpoint)
+    async def on_the_loop(**values: Any) -> Any:
+        returned = await endpoint(**values)
+        if answers.needs_database(returned):
+            return await _database().call(partial(answers.load, returned), answers.serialise)
+        return answers.serialise(answers.load(returned))
+
+    call = on_the_loop if _is_coroutine_callable(endpoint) else in_one_hop
     # FastAPI names the endpoint's file and line in its errors.
     _endpoint_context_cache[id(call)] = _extract_endpoint_context(endpoint)
     return call
