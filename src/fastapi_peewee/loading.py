@@ -11,17 +11,21 @@ All give the same JSON. Nothing here knows of requests; `routing` calls it where
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import peewee
 from peewee import SQL, BaseModelSelect, Model
 
 from .columns import Narrowed, Unplannable, base_model, check
 from .json_sql import NoJson, writer
+from .shapes import Shape, Template, compile_template, shape_of
 from .trees import Relation, Response, Tree
+
+#: How many compiled statements a response type keeps.
+_SHAPES_KEPT = 256
 
 #: How many keys one statement asks for at most; SQLite takes 32,766 parameters.
 _KEYS_AT_ONCE = 10_000
@@ -82,8 +86,34 @@ class JsonPlan(Plan):
         return self._before + text + self._after, self._params + params
 
     def load(self, db: Any) -> Texts:
-        cursor = db.execute_sql(*self.statement(db))
-        return Texts(db.texts(cursor), self.response.many)
+        return self.run(db, *self.statement(db))
+
+    def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
+        return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
+
+    def compile(self, db: Any, shape: Shape) -> "Compiled | None":
+        """What loads all queries of this shape. None if values and parameters can't be matched."""
+        template = compile_template(self._query, shape, db)
+        if template is None:
+            return None
+        return Compiled(self, db, self._before + template.sql + self._after, self._params, template)
+
+
+class Compiled(NamedTuple):
+    """A json plan's statement, for queries that differ from the one it was made of in values."""
+
+    plan: JsonPlan
+    db: Any
+    sql: str
+    params: list[Any]
+    template: Template
+
+    def load(self, values: Sequence[Any]) -> Texts | None:
+        """None if the SQL depends on a value."""
+        params = self.template.bind(values)
+        if params is None:
+            return None
+        return self.plan.run(self.db, self.sql, [*self.params, *params] if self.params else params)
 
 
 class RowPlan(Plan):
@@ -101,7 +131,7 @@ class RowPlan(Plan):
         return sql, params
 
     def load(self, db: Any) -> Any:
-        with _one_snapshot(db, self._tree):
+        with _one_snapshot(db, 1 + _count(self._tree)):
             rows = list(self._narrowed.query.tuples().execute(db))
             found = _dictionaries(db, self._tree, self._narrowed, rows)
         return found if self.response.many else (found[0] if found else None)
@@ -186,6 +216,8 @@ class Plans:
         self._type = type_
         self._by_alias = by_alias
         self._as_json = as_json
+        # The values hold the databases, so that no other can have the same `id()`.
+        self._compiled: dict[tuple[int, Hashable], Compiled] = {}
 
     @functools.cached_property
     def response(self) -> Response:
@@ -235,7 +267,18 @@ class Plans:
                 "`execute()` and return what the client should see."
             )
         db = database_of(query)
+        shape = shape_of(query) if self._as_json else None
+        if shape is not None:
+            compiled = self._compiled.get((id(db), shape.key))
+            if compiled is not None and (texts := compiled.load(shape.values)) is not None:
+                return texts
         chosen = plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
+        if shape is not None and isinstance(chosen, JsonPlan):
+            compiled = chosen.compile(db, shape)
+            if compiled is not None:
+                if len(self._compiled) >= _SHAPES_KEPT:
+                    self._compiled.clear()  # shapes without end: lists of many lengths, say
+                self._compiled[id(db), shape.key] = compiled
         return chosen.load(db)
 
     def _check_missing(self, model: Any) -> None:
@@ -258,16 +301,21 @@ def complete(db: Any, instances: list[Any], response: Response) -> list[Any]:
     if len(models) != 1:
         return instances
     tree = response.tree(models.pop())
-    with _one_snapshot(db, tree):
+    with _one_snapshot(db, _count(tree)):
         return _with_relations(db, tree, instances)
 
 
-def _one_snapshot(db: Any, tree: Tree) -> AbstractContextManager[Any]:
+def _one_snapshot(db: Any, statements: int) -> AbstractContextManager[Any]:
     """Several statements must see the same rows."""
-    if db.in_transaction() or not any(tree.relations):
+    if statements < 2 or db.in_transaction():
         return nullcontext()
     level = None if isinstance(db, peewee.SqliteDatabase) else "REPEATABLE READ"
     return db.atomic(level, read_only=True)
+
+
+def _count(tree: Tree) -> int:
+    """How many relations there are to be read."""
+    return sum(len(list(each.relations)) for each in tree.all())
 
 
 def _chunks(keys: Any) -> Iterator[list[Any]]:
