@@ -28,6 +28,7 @@ ORDER = [
     "trees",
     "columns",
     "json_sql",
+    "reading",
     "loading",
     "handlers",
     "routing",

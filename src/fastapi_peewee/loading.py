@@ -9,11 +9,8 @@ Three plans, from the fastest to the most general; each is taken where the one b
 All give the same JSON. Nothing here knows of requests; `routing` calls it where a connection is.
 """
 
-import copy
 import functools
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import peewee
@@ -21,14 +18,12 @@ from peewee import SQL, BaseModelSelect, Model
 
 from .columns import Narrowed, Unplannable, base_model, check
 from .json_sql import NoJson, writer
+from .reading import complete, count_relations, dictionaries, one_snapshot
 from .shapes import Shape, Template, compile_template, shape_of
-from .trees import Relation, Response, Tree
+from .trees import Response, Tree
 
 #: How many compiled statements a response type keeps.
 _SHAPES_KEPT = 256
-
-#: How many keys one statement asks for at most; SQLite takes 32,766 parameters.
-_KEYS_AT_ONCE = 10_000
 
 
 class Texts:
@@ -131,9 +126,9 @@ class RowPlan(Plan):
         return sql, params
 
     def load(self, db: Any) -> Any:
-        with _one_snapshot(db, 1 + _count(self._tree)):
+        with one_snapshot(db, 1 + count_relations(self._tree)):
             rows = list(self._narrowed.query.tuples().execute(db))
-            found = _dictionaries(db, self._tree, self._narrowed, rows)
+            found = dictionaries(db, self._tree, self._narrowed, rows)
         return found if self.response.many else (found[0] if found else None)
 
 
@@ -291,146 +286,3 @@ def database_of(value: Any) -> Any:
     """The database of a query or of an instance."""
     db = value._meta.database if isinstance(value, Model) else value._database
     return db.obj if isinstance(db, peewee.Proxy) else db
-
-
-def complete(db: Any, instances: list[Any], response: Response) -> list[Any]:
-    """Instances with every relation that the response needs; the given ones aren't changed."""
-    if response.schema is None or not all(isinstance(each, Model) for each in instances):
-        return instances
-    models = {type(each) for each in instances}
-    if len(models) != 1:
-        return instances
-    tree = response.tree(models.pop())
-    with _one_snapshot(db, _count(tree)):
-        return _with_relations(db, tree, instances)
-
-
-def _one_snapshot(db: Any, statements: int) -> AbstractContextManager[Any]:
-    """Several statements must see the same rows."""
-    if statements < 2 or db.in_transaction():
-        return nullcontext()
-    level = None if isinstance(db, peewee.SqliteDatabase) else "REPEATABLE READ"
-    return db.atomic(level, read_only=True)
-
-
-def _count(tree: Tree) -> int:
-    """How many relations there are to be read."""
-    return sum(len(list(each.relations)) for each in tree.all())
-
-
-def _chunks(keys: Any) -> Iterator[list[Any]]:
-    keys = [key for key in dict.fromkeys(keys) if key is not None]
-    for start in range(0, len(keys), _KEYS_AT_ONCE):
-        yield keys[start : start + _KEYS_AT_ONCE]
-
-
-def _dictionaries(db: Any, tree: Tree, narrowed: Narrowed, rows: list[Any]) -> list[dict[str, Any]]:
-    places = [(leaf.key, narrowed.place(leaf)) for leaf in tree.leaves]
-    found = [{key: row[place] for key, place in places} for row in rows]
-    for relation in tree.relations:
-        place = narrowed.place(relation)
-        children = _children(db, relation, [row[place] for row in rows])
-        for row, values in zip(rows, found, strict=True):
-            values[relation.key] = _of(relation, children, row[place])
-    return found
-
-
-def _of(relation: Relation, children: dict[Any, list[Any]], key: Any) -> Any:
-    if relation.many:
-        return children.get(key, [])
-    rows = children.get(key)
-    return rows[0] if rows else None
-
-
-def _children(db: Any, relation: Relation, keys: Any) -> dict[Any, list[dict[str, Any]]]:
-    """A relation's rows as dictionaries, by the parents' keys."""
-    found: dict[Any, list[dict[str, Any]]] = {}
-    for chunk in _chunks(keys):
-        query = relation.children()
-        target = relation.target(query)
-        narrowed = Narrowed(_unlimited(query).where(target << chunk), relation.tree)
-        clone = narrowed.query.clone()
-        clone._returning = [*clone._returning, target.alias("fastapi_peewee_key")]
-        rows = list(clone.tuples().execute(db))
-        dictionaries = _dictionaries(db, relation.tree, narrowed, rows)
-        for row, values in zip(rows, dictionaries, strict=True):
-            found.setdefault(row[-1], []).append(values)
-    return _limited(relation, found)
-
-
-def _unlimited(query: Any) -> Any:
-    clone = query.clone()
-    clone._limit = clone._offset = None
-    return clone
-
-
-def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
-    """A relation's limit and offset are for each parent."""
-    query = relation.query
-    if query is None or (query._limit is None and query._offset is None):
-        return found
-    start = query._offset or 0
-    stop = None if query._limit is None else start + query._limit
-    return {key: rows[start:stop] for key, rows in found.items()}
-
-
-def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
-    if not instances or not any(tree.relations):
-        return instances
-    copies = []
-    for instance in instances:
-        clone = copy.copy(instance)
-        clone.__rel__ = dict(instance.__rel__)
-        copies.append(clone)
-    for relation in tree.relations:
-        if relation.many:
-            _add_lists(db, relation, copies)
-        else:
-            _add_rows(db, relation, copies)
-    return copies
-
-
-def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
-    name, key = relation.fk.name, relation.fk.rel_field.name
-    found: dict[Any, Any] = {}
-    missing = [each for each in instances if name not in each.__rel__]
-    for chunk in _chunks(each.__data__.get(name) for each in missing):
-        query = relation.tree.model.select().where(relation.fk.rel_field << chunk)
-        found.update((each.__data__[key], each) for each in query.execute(db))
-    for each in missing:
-        value = each.__data__.get(name)
-        if value in found:
-            each.__rel__[name] = found[value]
-    there = [each for each in instances if each.__rel__.get(name) is not None]
-    rows = _with_relations(db, relation.tree, [each.__rel__[name] for each in there])
-    for each, row in zip(there, rows, strict=True):
-        each.__rel__[name] = row
-
-
-def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
-    link = relation.link.name
-    given = {id(each): each.__dict__.get(relation.key) for each in instances}
-    missing = [each for each in instances if not isinstance(given[id(each)], list)]
-    found: dict[Any, list[Any]] = {}
-    for chunk in _chunks(each.__data__.get(link) for each in missing):
-        query = relation.children()
-        target = relation.target(query)
-        query = _unlimited(query).where(target << chunk)
-        query = query.select_extend(target.alias("fastapi_peewee_key"))
-        if relation.through is not None:  # else the key would become the link's attribute
-            query = query.objects()
-        for row in query.execute(db):
-            found.setdefault(row.fastapi_peewee_key, []).append(row)
-    found = _limited(relation, found)
-    for each in instances:
-        rows = given[id(each)]
-        if not isinstance(rows, list):
-            rows = found.get(each.__data__.get(link), [])
-        rows = _with_relations(db, relation.tree, rows)
-        if relation.through is None:
-            each.__dict__[relation.key] = rows
-        else:
-            # What Peewee's accessor looks for: rows of the link table that were loaded before.
-            each.__dict__[relation.fk.backref] = [
-                SimpleNamespace(**{relation.through.name: row}) for row in rows
-            ]

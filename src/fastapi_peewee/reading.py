@@ -1,0 +1,163 @@
+"""Relations read with statements of their own, one for each: as dictionaries or as instances.
+
+It is what the plans fall back on where the database can't build the JSON, and what completes the
+instances that an endpoint returns.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import peewee
+from peewee import Model
+
+from .columns import Narrowed
+from .trees import Relation, Response, Tree
+
+#: How many keys one statement asks for at most; SQLite takes 32,766 parameters.
+_KEYS_AT_ONCE = 10_000
+
+
+def complete(db: Any, instances: list[Any], response: Response) -> list[Any]:
+    """Instances with every relation that the response needs; the given ones aren't changed."""
+    if response.schema is None or not all(isinstance(each, Model) for each in instances):
+        return instances
+    models = {type(each) for each in instances}
+    if len(models) != 1:
+        return instances
+    tree = response.tree(models.pop())
+    with one_snapshot(db, count_relations(tree)):
+        return _with_relations(db, tree, instances)
+
+
+def one_snapshot(db: Any, statements: int) -> AbstractContextManager[Any]:
+    """Several statements must see the same rows."""
+    if statements < 2 or db.in_transaction():
+        return nullcontext()
+    level = None if isinstance(db, peewee.SqliteDatabase) else "REPEATABLE READ"
+    return db.atomic(level, read_only=True)
+
+
+def count_relations(tree: Tree) -> int:
+    """How many relations there are to be read."""
+    return sum(len(list(each.relations)) for each in tree.all())
+
+
+def _chunks(keys: Any) -> Iterator[list[Any]]:
+    keys = [key for key in dict.fromkeys(keys) if key is not None]
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        yield keys[start : start + _KEYS_AT_ONCE]
+
+
+def dictionaries(db: Any, tree: Tree, narrowed: Narrowed, rows: list[Any]) -> list[dict[str, Any]]:
+    places = [(leaf.key, narrowed.place(leaf)) for leaf in tree.leaves]
+    found = [{key: row[place] for key, place in places} for row in rows]
+    for relation in tree.relations:
+        place = narrowed.place(relation)
+        children = _children(db, relation, [row[place] for row in rows])
+        for row, values in zip(rows, found, strict=True):
+            values[relation.key] = _of(relation, children, row[place])
+    return found
+
+
+def _of(relation: Relation, children: dict[Any, list[Any]], key: Any) -> Any:
+    if relation.many:
+        return children.get(key, [])
+    rows = children.get(key)
+    return rows[0] if rows else None
+
+
+def _children(db: Any, relation: Relation, keys: Any) -> dict[Any, list[dict[str, Any]]]:
+    """A relation's rows as dictionaries, by the parents' keys."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for chunk in _chunks(keys):
+        query = relation.children()
+        target = relation.target(query)
+        narrowed = Narrowed(_unlimited(query).where(target << chunk), relation.tree)
+        clone = narrowed.query.clone()
+        clone._returning = [*clone._returning, target.alias("fastapi_peewee_key")]
+        rows = list(clone.tuples().execute(db))
+        dictionaries = dictionaries(db, relation.tree, narrowed, rows)
+        for row, values in zip(rows, dictionaries, strict=True):
+            found.setdefault(row[-1], []).append(values)
+    return _limited(relation, found)
+
+
+def _unlimited(query: Any) -> Any:
+    clone = query.clone()
+    clone._limit = clone._offset = None
+    return clone
+
+
+def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
+    """A relation's limit and offset are for each parent."""
+    query = relation.query
+    if query is None or (query._limit is None and query._offset is None):
+        return found
+    start = query._offset or 0
+    stop = None if query._limit is None else start + query._limit
+    return {key: rows[start:stop] for key, rows in found.items()}
+
+
+def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
+    if not instances or not any(tree.relations):
+        return instances
+    copies = []
+    for instance in instances:
+        clone = copy.copy(instance)
+        clone.__rel__ = dict(instance.__rel__)
+        copies.append(clone)
+    for relation in tree.relations:
+        if relation.many:
+            _add_lists(db, relation, copies)
+        else:
+            _add_rows(db, relation, copies)
+    return copies
+
+
+def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
+    name, key = relation.fk.name, relation.fk.rel_field.name
+    found: dict[Any, Any] = {}
+    missing = [each for each in instances if name not in each.__rel__]
+    for chunk in _chunks(each.__data__.get(name) for each in missing):
+        query = relation.tree.model.select().where(relation.fk.rel_field << chunk)
+        found.update((each.__data__[key], each) for each in query.execute(db))
+    for each in missing:
+        value = each.__data__.get(name)
+        if value in found:
+            each.__rel__[name] = found[value]
+    there = [each for each in instances if each.__rel__.get(name) is not None]
+    rows = _with_relations(db, relation.tree, [each.__rel__[name] for each in there])
+    for each, row in zip(there, rows, strict=True):
+        each.__rel__[name] = row
+
+
+def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
+    link = relation.link.name
+    given = {id(each): each.__dict__.get(relation.key) for each in instances}
+    missing = [each for each in instances if not isinstance(given[id(each)], list)]
+    found: dict[Any, list[Any]] = {}
+    for chunk in _chunks(each.__data__.get(link) for each in missing):
+        query = relation.children()
+        target = relation.target(query)
+        query = _unlimited(query).where(target << chunk)
+        query = query.select_extend(target.alias("fastapi_peewee_key"))
+        if relation.through is not None:  # else the key would become the link's attribute
+            query = query.objects()
+        for row in query.execute(db):
+            found.setdefault(row.fastapi_peewee_key, []).append(row)
+    found = _limited(relation, found)
+    for each in instances:
+        rows = given[id(each)]
+        if not isinstance(rows, list):
+            rows = found.get(each.__data__.get(link), [])
+        rows = _with_relations(db, relation.tree, rows)
+        if relation.through is None:
+            each.__dict__[relation.key] = rows
+        else:
+            # What Peewee's accessor looks for: rows of the link table that were loaded before.
+            each.__dict__[relation.fk.backref] = [
+                SimpleNamespace(**{relation.through.name: row}) for row in rows
+            ]
