@@ -79,8 +79,8 @@ def _children(db: Any, relation: Relation, keys: Any) -> dict[Any, list[dict[str
         clone = narrowed.query.clone()
         clone._returning = [*clone._returning, target.alias("fastapi_peewee_key")]
         rows = list(clone.tuples().execute(db))
-        dictionaries = dictionaries(db, relation.tree, narrowed, rows)
-        for row, values in zip(rows, dictionaries, strict=True):
+        values_of = dictionaries(db, relation.tree, narrowed, rows)
+        for row, values in zip(rows, values_of, strict=True):
             found.setdefault(row[-1], []).append(values)
     return _limited(relation, found)
 
