@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -146,22 +146,17 @@ def serve(application: str, database_url: str, step: float, port: int = 0) -> It
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
+        try:
+            server = Server(_wait_until_ready(process, log, application), process.pid)
+            yield server
+        finally:
+            process.terminate()
             try:
-                server = Server(_wait_until_ready(process, log, application), process.pid)
-                yield server
-            finally:
-                _end(process)
+                process.wait(_STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         server.errors.update(errors_in(_read(log)))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_TIMEOUT)
-    finally:  # also when Ctrl-C is pressed again
-        process.kill()
-        process.wait()
 
 
 def _read(log: Path) -> str:

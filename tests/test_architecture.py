@@ -25,6 +25,8 @@ ORDER = [
     "verbs",
     "database",
     "backends",
+    "values",
+    "schemas",
     "trees",
     "columns",
     "json_sql",
@@ -36,7 +38,7 @@ ORDER = [
     "__init__",
 ]
 KNOW_FASTAPI = {"handlers", "routing", "lifecycle"}
-KNOW_PYDANTIC = KNOW_FASTAPI | {"schemas", "trees"}
+KNOW_PYDANTIC = KNOW_FASTAPI | {"schemas", "trees", "values"}
 
 
 class Import(NamedTuple):
@@ -108,8 +110,11 @@ def test_only_the_upper_modules_know_fastapi() -> None:
 
 
 def test_few_modules_know_pydantic() -> None:
-    """Connections and transactions know nothing of schemas."""
-    assert {found.module for found in IMPORTS if found.package == "pydantic"} <= KNOW_PYDANTIC
+    """Connections and transactions know nothing of schemas, and schemas nothing of them."""
+    packages = ("pydantic", "pydantic_core")
+    assert {found.module for found in IMPORTS if found.package in packages} <= KNOW_PYDANTIC
+    ours = [each for each in IMPORTS if each.module in ("values", "schemas") and each.is_ours]
+    assert {each.source for each in ours} == {".exceptions", ".values"}
 
 
 def is_private(found: Import) -> bool:
@@ -147,6 +152,7 @@ def test_no_module_reaches_for_private_names_through_peewee() -> None:
 def test_drivers_and_options_are_imported_where_they_are_used() -> None:
     """At the top of a module stands only what every installation has."""
     always = {*sys.stdlib_module_names, "peewee", "anyio", "fastapi", "starlette", "pydantic"}
+    always.add("pydantic_core")  # a part of Pydantic, of the same version
     found = {
         f"{each.module}: {each.source}"
         for each in IMPORTS

@@ -13,12 +13,14 @@ from .exceptions import (
     PoolClosed,
     PoolError,
     PoolTimeout,
+    SchemaError,
     TooManyWaiting,
     TurnTimeout,
 )
 from .lifecycle import ConnectedDb, InTransaction, Peewee, get_db, reset_db_state, transaction
 from .pool import PoolStats
 from .routing import PeeweeRoute, without_lease
+from .schemas import create_schema, patch_schema, schema
 from .state import PeeweeConnectionState
 from .verbs import AsyncModel, AsyncModelMixin
 
@@ -42,11 +44,15 @@ __all__ = [
     "PoolError",
     "PoolStats",
     "PoolTimeout",
+    "SchemaError",
     "TooManyWaiting",
     "TurnTimeout",
     "connect",
+    "create_schema",
     "get_db",
+    "patch_schema",
     "reset_db_state",
+    "schema",
     "transaction",
     "without_lease",
 ]

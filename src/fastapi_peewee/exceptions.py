@@ -92,3 +92,7 @@ class BlockingQuery(LeaseError):
 
 class BlockingQueryWarning(RuntimeWarning):
     """As `BlockingQuery`, outside of requests, where blocking is unwise but harms no one."""
+
+
+class SchemaError(peewee.ImproperlyConfigured, ValueError):
+    """A schema was asked for that the model has not the fields or relations for."""
