@@ -33,11 +33,12 @@ ORDER = [
     "reading",
     "loading",
     "handlers",
+    "responses",
     "routing",
     "lifecycle",
     "__init__",
 ]
-KNOW_FASTAPI = {"handlers", "routing", "lifecycle"}
+KNOW_FASTAPI = {"handlers", "responses", "routing", "lifecycle"}
 KNOW_PYDANTIC = KNOW_FASTAPI | {"schemas", "trees", "values"}
 
 

@@ -19,6 +19,7 @@ from .exceptions import (
 )
 from .lifecycle import ConnectedDb, InTransaction, Peewee, get_db, reset_db_state, transaction
 from .pool import PoolStats
+from .responses import respond
 from .routing import PeeweeRoute, without_lease
 from .schemas import create_schema, patch_schema, schema
 from .state import PeeweeConnectionState
@@ -52,6 +53,7 @@ __all__ = [
     "get_db",
     "patch_schema",
     "reset_db_state",
+    "respond",
     "schema",
     "transaction",
     "without_lease",

@@ -196,6 +196,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     def reading(self) -> Atomic:
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
 
+    def open_cursor(self) -> Any:
+        return self.cursor(named_cursor=True)
+
     def open_rows(self, query: Any) -> Any:
         from playhouse.postgres_ext import ServerSide
 
@@ -257,6 +260,11 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
             if isolation_level:
                 cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {_isolation(isolation_level)}")
             cursor.execute("START TRANSACTION READ ONLY")
+
+    def open_cursor(self) -> Any:
+        from pymysql.cursors import SSCursor
+
+        return self._state.conn.cursor(SSCursor)
 
     def is_open(self, conn: Any) -> bool:
         return bool(conn.open)

@@ -418,6 +418,21 @@ class Database(peewee.Database):
         """An iterator over a query's rows that doesn't keep those it has passed."""
         return iter(query.iterator(self))
 
+    def stream(self, sql: str, params: Any, size: int) -> Iterator[Sequence[Any]]:
+        """Run a statement and yield its rows, `size` at a time; the server keeps the others."""
+        with self.reading(), translate_driver_errors:
+            cursor = self.open_cursor()
+            try:
+                cursor.execute(sql, params)
+                while rows := cursor.fetchmany(size):
+                    yield rows
+            finally:
+                cursor.close()
+
+    def open_cursor(self) -> Any:
+        """A cursor that leaves the rows with the server until they are fetched."""
+        return self.cursor()
+
     def texts(self, cursor: Any) -> Sequence[bytes]:
         """The first column of all rows, which is text, in UTF-8."""
         return [row[0].encode() for row in cursor.fetchall()]

@@ -10,7 +10,8 @@ All give the same JSON. Nothing here knows of requests; `routing` calls it where
 """
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import peewee
@@ -63,6 +64,10 @@ class Plan:
         """Read everything, on the connection in force: `Texts`, or what Pydantic can validate."""
         raise NotImplementedError
 
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        """The JSON of the rows, `size` at a time, while the others stay with the server."""
+        raise NotImplementedError
+
 
 class JsonPlan(Plan):
     """One statement: text before, the query's own text, and text after it."""
@@ -82,6 +87,10 @@ class JsonPlan(Plan):
 
     def load(self, db: Any) -> Texts:
         return self.run(db, *self.statement(db))
+
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        for rows in db.stream(*self.statement(db), size):
+            yield [row[0].encode() for row in rows]
 
     def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
         return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
@@ -131,6 +140,11 @@ class RowPlan(Plan):
             found = dictionaries(db, self._tree, self._narrowed, rows)
         return found if self.response.many else (found[0] if found else None)
 
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        with one_snapshot(db, 2):
+            for rows in _chunks(self._narrowed.query.tuples(), db, size):
+                yield self.response.dump(dictionaries(db, self._tree, self._narrowed, rows))
+
 
 class InstancePlan(Plan):
     """Peewee's instances, with the relations that the response needs."""
@@ -152,6 +166,17 @@ class InstancePlan(Plan):
         if self.response.many or self.response.schema is None:
             return found
         return found[0] if found else None
+
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        with one_snapshot(db, 2):
+            for rows in _chunks(self._query, db, size):
+                yield self.response.dump(complete(db, rows, self.response))
+
+
+def _chunks(query: Any, db: Any, size: int) -> Iterator[list[Any]]:
+    rows = db.open_rows(query.bind(db))
+    while chunk := list(islice(rows, size)):
+        yield chunk
 
 
 def plan(
@@ -218,6 +243,10 @@ class Plans:
     def response(self) -> Response:
         return Response(self._type)
 
+    def needs_database(self, value: Any) -> bool:
+        """Whether something must be read for what an endpoint returned."""
+        return is_query(value) or self.incomplete(value)
+
     def incomplete(self, value: Any) -> bool:
         """Whether these are instances whose relations may have to be read."""
         if self._type is None:
@@ -249,6 +278,12 @@ class Plans:
             completed = complete(database_of(instances[0]), instances, self.response)
             return completed if many else completed[0]
         return value
+
+    def plan(self, query: Any) -> Plan:
+        """The plan for a query that isn't kept."""
+        return plan(
+            query, self.response, database_of(query), by_alias=self._by_alias, as_json=self._as_json
+        )
 
     def _load_query(self, query: Any) -> Any:
         if self._type is None:

@@ -30,7 +30,8 @@ from fastapi.routing import (
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from .handlers import CONFLICT, NOT_FOUND
-from .loading import Plans, Texts, is_query
+from .loading import Plans, Texts
+from .responses import QueryResponse
 from .state import RequestScope
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -148,10 +149,12 @@ class _Answers:
         )
 
     def needs_database(self, returned: Any) -> bool:
-        return is_query(returned) or self._plans.incomplete(returned)
+        return self._plans.needs_database(returned)
 
     def load(self, returned: Any) -> tuple[Any, Any, list[Any]]:
         """Read and validate, with a connection: what was returned, the response, the errors."""
+        if isinstance(returned, QueryResponse):
+            return returned, returned.load(), []
         if isinstance(returned, Response):
             return returned, None, []
         value = self._plans.load(returned)
@@ -163,6 +166,8 @@ class _Answers:
 
     def serialise(self, outcome: tuple[Any, Any, list[Any]]) -> Any:
         returned, value, errors = outcome
+        if isinstance(returned, QueryResponse):
+            returned.finish(value)
         if isinstance(returned, Response):
             return returned
         if errors:
@@ -189,6 +194,8 @@ def _answering(
     @functools.wraps(endpoint)
     async def on_the_loop(**values: Any) -> Any:
         returned = await endpoint(**values)
+        if isinstance(returned, Response):
+            return returned
         if answers.needs_database(returned):
             return await _database().call(partial(answers.load, returned), answers.serialise)
         return answers.serialise(answers.load(returned))

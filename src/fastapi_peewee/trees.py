@@ -5,10 +5,11 @@ and no SQL is written here. Where something can't be told, the tree holds the re
 `loading` takes a more general way.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from inspect import getattr_static
-from typing import Any
+from typing import Any, get_args
 
 import peewee
 from peewee import BackrefAccessor, ManyToManyFieldAccessor
@@ -173,6 +174,33 @@ class Response:
         if tree is None:
             tree = self._trees[model] = self._tree(self.schema, model, ())
         return tree
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The keys of a model's JSON."""
+        assert self.schema is not None
+        fields = self.schema["schema"]
+        return [
+            part.get("serialization_alias", name)
+            for name, part in fields["fields"].items()
+            if not part.get("serialization_exclude")
+        ] + [each.get("alias", each["property_name"]) for each in fields["computed_fields"]]
+
+    def dump(self, rows: list[Any]) -> list[bytes]:
+        """Validate the rows of a list and serialise each.
+
+        Raises:
+            pydantic.ValidationError: one doesn't fit the type.
+        """
+        adapter = self._items
+        return [
+            adapter.dump_json(adapter.validate_python(row, from_attributes=True), by_alias=True)
+            for row in rows
+        ]
+
+    @functools.cached_property
+    def _items(self) -> TypeAdapter[Any]:
+        return TypeAdapter(get_args(self.type)[0])
 
     def _resolve(self, core: Any) -> tuple[Any, bool]:
         """Follow references, defaults and `Optional`. Returns what is left, and if it's optional"""
