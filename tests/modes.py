@@ -11,7 +11,7 @@ another::
         assert seen() == ["ann"]
 
 A test module takes these fixtures with `connected, db, mode, observer, seen = modes.fixtures`, and
-rows to begin with by `ann, three = modes.rows`.
+rows to begin with by `ann, three = modes.rows`, another database by `other = modes.other`.
 """
 
 import asyncio
@@ -187,6 +187,17 @@ def _with_tables(database: Database) -> Iterator[Database]:
     in_use = database.pool_stats.in_use
     asyncio.run(database.close_pool())
     assert in_use == 0, "a connection was not given back"
+
+
+@pytest.fixture
+def other() -> Iterator[Database]:
+    """A second database with the same tables and an "other" user. The models aren't bound to it."""
+    database = connect("sqlite:///:memory:")
+    with database.bind_ctx([User, Note]), database:
+        database.create_tables([User, Note])
+        User.create(name="other")
+    yield database
+    asyncio.run(database.close_pool())
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """What Peewee documents of running queries in `async def` holds for databases of `connect()`."""
 
-import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import peewee
@@ -9,7 +7,7 @@ import pytest
 from peewee import fn
 from playhouse.test_utils import assert_query_count
 
-from fastapi_peewee import Database, connect
+from fastapi_peewee import Database
 from tests import modes
 from tests.modes import (
     Note,
@@ -19,6 +17,7 @@ from tests.modes import (
 )
 
 connected, db, mode, observer, seen = modes.fixtures
+other = modes.other
 ann, three = modes.rows
 
 
@@ -82,17 +81,6 @@ async def test_aexecute_of_every_kind_of_query(three: list[Any], db: Database) -
     assert list(await User.select(User.name).where(User.id == ann).dicts().aexecute()) == [
         {"name": "ann"}
     ]
-
-
-@pytest.fixture
-def other(db: Database) -> Iterator[Database]:
-    """A second database with the same tables and an "other" user. The models aren't bound to it."""
-    database = connect("sqlite:///:memory:")
-    with database.bind_ctx([User, Note]), database:
-        database.create_tables([User, Note])
-        User.create(name="other")
-    yield database
-    asyncio.run(database.close_pool())
 
 
 async def names(query: Any, *database: Database) -> list[str]:

@@ -1,7 +1,5 @@
 """What Peewee documents of choosing a database at run time: `bind`, proxies, `init`."""
 
-import asyncio
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import peewee
 import pytest
 from playhouse.shortcuts import ThreadSafeDatabaseMetadata
 
-from fastapi_peewee import AsyncModel, Database, connect
+from fastapi_peewee import AsyncModel, Database
 from tests import modes
 from tests.modes import (
     Mode,
@@ -24,17 +22,7 @@ from tests.modes import (
 )
 
 connected, db, mode, observer, seen = modes.fixtures
-
-
-@pytest.fixture
-def other() -> Iterator[Database]:
-    """A second database, with tables and an "other" user."""
-    database = connect("sqlite:///:memory:")
-    with database.bind_ctx([User, Note]), database:
-        database.create_tables([User, Note])
-        User.create(name="other")
-    yield database
-    asyncio.run(database.close_pool())
+other = modes.other
 
 
 def names() -> list[str]:
