@@ -42,12 +42,7 @@ KINDS = {
     ),
     # A server has few connections, which other test processes want, too.
     "postgres": Kind(peewee.PostgresqlDatabase, pool.PooledPostgresqlDatabase, {}, 20),
-    "mysql": Kind(
-        peewee.MySQLDatabase,
-        pool.PooledMySQLDatabase,
-        {"ssl_disabled": True},  # the driver reads the system's certificates anew: 50 ms each time
-        20,
-    ),
+    "mysql": Kind(peewee.MySQLDatabase, pool.PooledMySQLDatabase, {}, 20),
 }
 
 
