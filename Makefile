@@ -12,6 +12,10 @@ JOBS = logical
 ARGS =
 # The other Pythons the suite is run on by test-pythons.
 PYTHONS = 3.12 3.13
+# `make test` runs everything. With the lowest dependencies, the lowest drivers among them, it is
+# all but the slow tests; on the other Pythons, of these, the tests that need no server.
+QUICK = -m "not slow" --hypothesis-profile quick
+QUICK_ON_SQLITE = $(QUICK) -k "not postgres and not mysql"
 
 IN_VENV := $(VENV)/bin/python
 INSTALL = $(IN_VENV) -m pip --disable-pip-version-check install --quiet
@@ -32,7 +36,7 @@ run: $(VENV)/.runnable ## serve sql_app on port 8000 (PORT=…, DATABASE_URL=…
 	@exec $(IN_VENV) -m uvicorn sql_app.main:app --port $(PORT)
 
 test: $(VENV)/.installed ## run the whole test suite (ARGS="-k pool -x", JOBS=1)
-	$(IN_VENV) -m pytest -n $(JOBS) --maxprocesses 4 $(ARGS)
+	$(IN_VENV) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed ## check format, lint and types
 	$(IN_VENV) -m ruff format --check .
@@ -49,12 +53,12 @@ experiment: $(VENV)/.installed ## show what goes wrong without this library, and
 coverage: ## run the whole test suite and say which lines and branches it never reaches
 	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term-missing $(ARGS)"
 
-test-pythons: $(VENV)/.installed ## run the suite, less its slow tests, on Python 3.12 and 3.13 where they are installed
+test-pythons: $(VENV)/.installed ## run the suite on SQLite, less its slow tests, on Python 3.12 and 3.13 where they are installed
 	@for version in $(PYTHONS); do \
 		if python=$$(scripts/find-python $$version); then \
 			echo "test-pythons: Python $$version is $$python"; \
 			$(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON="$$python" \
-				INSTALL="$(UV_INSTALL) .venv-$$version" ARGS='-m "not slow" $(ARGS)' || exit 1; \
+				INSTALL="$(UV_INSTALL) .venv-$$version" ARGS='$(QUICK_ON_SQLITE) $(ARGS)' || exit 1; \
 		else \
 			echo "test-pythons: no working Python $$version here, so nothing was run on it"; \
 		fi; \
@@ -63,7 +67,7 @@ test-pythons: $(VENV)/.installed ## run the suite, less its slow tests, on Pytho
 test-lowest: $(VENV)/.installed ## run the suite, less its slow tests, on the lowest supported Python and dependencies
 	@if python=$$(scripts/find-python 3.11); then \
 		$(MAKE) --no-print-directory test VENV=.venv-lowest PYTHON="$$python" LOCK=requirements/lowest.txt \
-			INSTALL="$(UV_INSTALL) .venv-lowest" ARGS='-m "not slow" $(ARGS)'; \
+			INSTALL="$(UV_INSTALL) .venv-lowest" ARGS='$(QUICK) $(ARGS)'; \
 	else \
 		echo "test-lowest: no working Python 3.11 here, so nothing was run on it"; \
 	fi

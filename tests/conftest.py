@@ -12,6 +12,7 @@ from tests.servers import sqlite_url as sqlite_url
 
 # An example that talks to a database takes as long as that takes.
 settings.register_profile("databases", deadline=None)
+settings.register_profile("quick", settings.get_profile("databases"), max_examples=20)
 settings.load_profile("databases")
 
 

@@ -746,7 +746,7 @@ OBJECTS = st.fixed_dictionaries(
 ) | st.fixed_dictionaries({"title": FIELDS}, optional={"description": FIELDS})
 BODIES = st.binary(max_size=200) | (OBJECTS | OBJECTS | JSON_VALUES).map(encoded)
 
-garbage = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+garbage = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @garbage
