@@ -31,6 +31,7 @@ ORDER = [
     "columns",
     "json_sql",
     "reading",
+    "plans",
     "loading",
     "handlers",
     "responses",

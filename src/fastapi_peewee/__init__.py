@@ -18,10 +18,12 @@ from .exceptions import (
     TurnTimeout,
 )
 from .lifecycle import ConnectedDb, InTransaction, Peewee, get_db, reset_db_state, transaction
+from .loading import Explanation, explain, prepared
 from .pool import PoolStats
 from .responses import respond
 from .routing import PeeweeRoute, without_lease
 from .schemas import create_schema, patch_schema, schema
+from .shapes import param
 from .state import PeeweeConnectionState
 from .verbs import AsyncModel, AsyncModelMixin
 
@@ -33,6 +35,7 @@ __all__ = [
     "ConnectedDb",
     "Database",
     "DatabaseUnavailable",
+    "Explanation",
     "InTransaction",
     "LeaseEnded",
     "LeaseError",
@@ -50,8 +53,11 @@ __all__ = [
     "TurnTimeout",
     "connect",
     "create_schema",
+    "explain",
     "get_db",
+    "param",
     "patch_schema",
+    "prepared",
     "reset_db_state",
     "respond",
     "schema",

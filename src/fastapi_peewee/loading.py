@@ -1,227 +1,29 @@
-"""From a query and a response type to the response: the plan, and how it is carried out.
+"""What endpoints return, read: queries by their plan, compiled once; instances completed.
 
-Three plans, from the fastest to the most general; each is taken where the one before can't be:
-
-- *json*: one statement, in which the database builds the JSON;
-- *rows*: one statement for each relation, of the needed columns; Pydantic validates dictionaries;
-- *instances*: Peewee's model instances, with their relations loaded; Pydantic validates them.
-
-All give the same JSON. Nothing here knows of requests; `routing` calls it where a connection is.
+Nothing here knows of requests; `routing` and `responses` call it where a connection is.
 """
 
 import functools
-from collections.abc import Generator, Hashable, Iterator, Sequence
-from itertools import islice
-from typing import Any, Literal, NamedTuple
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import peewee
-from peewee import SQL, BaseModelSelect, Model
+from peewee import Model
 
-from .columns import Narrowed, Unplannable, base_model, check
-from .json_sql import NoJson, writer
-from .reading import complete, count_relations, dictionaries, one_snapshot
-from .shapes import Shape, Template, compile_template, shape_of
-from .trees import Response, Tree
+from .columns import base_model
+from .plans import Compiled, JsonPlan, Plan, Texts, plan
+from .reading import complete
+from .shapes import shape_of, with_values
+from .trees import Response
 
 #: How many compiled statements a response type keeps.
 _SHAPES_KEPT = 256
 
 
-class Texts:
-    """The rows of a json plan, as the database sent them."""
-
-    __slots__ = ("many", "texts")
-
-    def __init__(self, texts: Sequence[bytes], many: bool) -> None:
-        self.texts = texts
-        self.many = many
-
-    def body(self) -> bytes:
-        if self.many:
-            return b"[" + b",".join(self.texts) + b"]"
-        return self.texts[0] if self.texts else b"null"
-
-
-class Plan:
-    """How the rows of queries of one shape become a response.
-
-    Attributes:
-        kind: the name of the plan.
-        reason: why it isn't a faster one; empty for json.
-    """
-
-    kind: Literal["json", "rows", "instances"]
-
-    def __init__(self, response: Response, reason: str = "") -> None:
-        self.response = response
-        self.reason = reason
-
-    def statement(self, db: Any) -> tuple[str, list[Any]]:
-        """The (first) statement and its parameters."""
-        raise NotImplementedError
-
-    def load(self, db: Any) -> Any:
-        """Read everything, on the connection in force: `Texts`, or what Pydantic can validate."""
-        raise NotImplementedError
-
-    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        """The JSON of the rows, `size` at a time, while the others stay with the server."""
-        raise NotImplementedError
-
-
-class JsonPlan(Plan):
-    """One statement: text before, the query's own text, and text after it."""
-
-    kind = "json"
-
-    def __init__(self, response: Response, db: Any, tree: Tree, narrowed: Narrowed, by_alias: bool):
-        super().__init__(response)
-        sql = writer(db)(db, by_alias)
-        self._before, self._after = sql.around(tree, narrowed)
-        self._params = sql.params
-        self._query = sql.inner(narrowed.query)
-
-    def statement(self, db: Any) -> tuple[str, list[Any]]:
-        text, params = db.get_sql_context().parse(self._query)
-        return self._before + text + self._after, self._params + params
-
-    def load(self, db: Any) -> Texts:
-        return self.run(db, *self.statement(db))
-
-    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        for rows in db.stream(*self.statement(db), size):
-            yield [row[0].encode() for row in rows]
-
-    def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
-        return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
-
-    def compile(self, db: Any, shape: Shape) -> "Compiled | None":
-        """What loads all queries of this shape. None if values and parameters can't be matched."""
-        template = compile_template(self._query, shape, db)
-        if template is None:
-            return None
-        return Compiled(self, db, self._before + template.sql + self._after, self._params, template)
-
-
-class Compiled(NamedTuple):
-    """A json plan's statement, for queries that differ from the one it was made of in values."""
-
-    plan: JsonPlan
-    db: Any
-    sql: str
-    params: list[Any]
-    template: Template
-
-    def load(self, values: Sequence[Any]) -> Texts | None:
-        """None if the SQL depends on a value."""
-        params = self.template.bind(values)
-        if params is None:
-            return None
-        return self.plan.run(self.db, self.sql, [*self.params, *params] if self.params else params)
-
-
-class RowPlan(Plan):
-    """One statement for the query, and one for each relation."""
-
-    kind = "rows"
-
-    def __init__(self, response: Response, tree: Tree, narrowed: Narrowed, reason: str) -> None:
-        super().__init__(response, reason)
-        self._tree = tree
-        self._narrowed = narrowed
-
-    def statement(self, db: Any) -> tuple[str, list[Any]]:
-        sql, params = db.get_sql_context().parse(self._narrowed.query)
-        return sql, params
-
-    def load(self, db: Any) -> Any:
-        with one_snapshot(db, 1 + count_relations(self._tree)):
-            rows = list(self._narrowed.query.tuples().execute(db))
-            found = dictionaries(db, self._tree, self._narrowed, rows)
-        return found if self.response.many else (found[0] if found else None)
-
-    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        with one_snapshot(db, 2):
-            for rows in _chunks(self._narrowed.query.tuples(), db, size):
-                yield self.response.dump(dictionaries(db, self._tree, self._narrowed, rows))
-
-
-class InstancePlan(Plan):
-    """Peewee's instances, with the relations that the response needs."""
-
-    kind = "instances"
-
-    def __init__(self, response: Response, query: Any, reason: str) -> None:
-        super().__init__(response, reason)
-        self._query = query
-
-    def statement(self, db: Any) -> tuple[str, list[Any]]:
-        sql, params = db.get_sql_context().parse(self._query)
-        return sql, params
-
-    def load(self, db: Any) -> Any:
-        query = self._query.clone()
-        query._cursor_wrapper = None
-        found = complete(db, list(query.execute(db)), self.response)
-        if self.response.many or self.response.schema is None:
-            return found
-        return found[0] if found else None
-
-    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        with one_snapshot(db, 2):
-            for rows in _chunks(self._query, db, size):
-                yield self.response.dump(complete(db, rows, self.response))
-
-
-def _chunks(query: Any, db: Any, size: int) -> Iterator[list[Any]]:
-    rows = db.open_rows(query.bind(db))
-    while chunk := list(islice(rows, size)):
-        yield chunk
-
-
-def plan(
-    query: Any, response: Response, db: Any, *, by_alias: bool = True, as_json: bool = True
-) -> Plan:
-    """Choose the plan for a query. The database must be connected.
-
-    Args:
-        query: any of Peewee's queries that read.
-        response: what is wanted.
-        db: the database, of ours.
-        by_alias: whether the JSON has the schema's aliases as keys.
-        as_json: whether the database may build the JSON; not if a serialiser has more to do.
-    """
-    if not response.many and response.schema is not None and isinstance(query, BaseModelSelect):
-        query = query.limit(_ONE) if query._limit is None else query
-    try:
-        if response.schema is None:
-            raise Unplannable("the response is neither a Pydantic model nor a list of one")
-        if not isinstance(query, BaseModelSelect):
-            raise Unplannable(f"a {type(query).__name__} isn't built of parts that can be changed")
-        if query._load_tree:
-            raise Unplannable("the query says how its relations are loaded, with_related()")
-        tree = response.tree(base_model(query))
-        for each in tree.all():
-            if each.instances:
-                raise Unplannable(each.instances[0])
-        check(query, tree)
-        narrowed = Narrowed(query, tree)
-    except Unplannable as error:
-        return InstancePlan(response, query, str(error))
-    if not as_json:
-        return RowPlan(response, tree, narrowed, "the route's response_model_… options ask for it")
-    try:
-        return JsonPlan(response, db, tree, narrowed, by_alias)
-    except NoJson as error:
-        return RowPlan(response, tree, narrowed, str(error))
-
-
-_ONE = SQL("1")
-
-
 def is_query(value: Any) -> bool:
     """Whether this is something that one can execute."""
-    return isinstance(value, peewee.BaseQuery)
+    return isinstance(value, peewee.BaseQuery | PreparedQuery)
 
 
 class Plans:
@@ -265,7 +67,12 @@ class Plans:
             TypeError: a query that can't be answered with.
         """
         if is_query(value):
-            loaded = self._load_query(value)
+            if not isinstance(value, PreparedQuery):
+                loaded = self._load_query(value)
+            elif self._as_json and self._by_alias:
+                loaded = value.load()
+            else:
+                loaded = self._load_query(value.query)
             if loaded is None or (isinstance(loaded, Texts) and not (loaded.many or loaded.texts)):
                 self._check_missing(getattr(value, "model", None))
             return loaded
@@ -280,13 +87,12 @@ class Plans:
         return value
 
     def plan(self, query: Any) -> Plan:
-        """The plan for a query that isn't kept."""
-        return plan(
-            query, self.response, database_of(query), by_alias=self._by_alias, as_json=self._as_json
-        )
+        """The plan for a query, which isn't kept."""
+        db = database_of(query)
+        return plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
 
     def _load_query(self, query: Any) -> Any:
-        if self._type is None:
+        if self._type in (None, Any):
             raise TypeError(
                 "A query was returned, but the route has no response model, which would say what "
                 "to read. Add `response_model=list[…]`, or return a list of the query's rows."
@@ -300,9 +106,11 @@ class Plans:
         shape = shape_of(query) if self._as_json else None
         if shape is not None:
             compiled = self._compiled.get((id(db), shape.key))
-            if compiled is not None and (texts := compiled.load(shape.values)) is not None:
-                return texts
-        chosen = plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
+            if compiled is not None:
+                params = compiled.template.bind(shape.values)
+                if params is not None:  # else the SQL depends on a value
+                    return compiled.load(params)
+        chosen = self.plan(query)
         if shape is not None and isinstance(chosen, JsonPlan):
             compiled = chosen.compile(db, shape)
             if compiled is not None:
@@ -317,7 +125,155 @@ class Plans:
             raise (peewee.DoesNotExist if model is None else model.DoesNotExist)
 
 
+def prepared(query: Any, type_: Any) -> "Prepared":
+    """A query that is planned and compiled once, for an endpoint that is called often.
+
+    ::
+
+        read_user = prepared(User.select().where(User.id == param("user_id")), UserOut)
+
+        @app.get("/users/{user_id}", response_model=UserOut)
+        def user(user_id: int):
+            return read_user(user_id=user_id)
+
+    Args:
+        query: a SELECT with `param(…)` in the place of values.
+        type_: the response type; the endpoint's response model should be the same.
+
+    Returns what makes of named values something to be returned from an endpoint, as a query is.
+
+    Raises:
+        TypeError: the query isn't a SELECT, or contains what can't be compiled.
+    """
+    return Prepared(query, type_)
+
+
+class Prepared:
+    """See `prepared()`."""
+
+    def __init__(self, query: Any, type_: Any) -> None:
+        shape = shape_of(query, parameters=True)
+        if shape is None:
+            raise TypeError(
+                "This query can't be prepared: it isn't a SELECT of a model, or contains nodes of "
+                "your own, or with_related(). Return it from the endpoint as it is, with the "
+                f"values in it; got: {query!r}"
+            )
+        self.plain = query
+        self.plans = Plans(type_)
+        self._shape = shape
+        self._names = shape.names
+        self._compiled: dict[int, Compiled | None] = {}
+
+    def __call__(self, **values: Any) -> "PreparedQuery":
+        """The query with these values.
+
+        Raises:
+            TypeError: a value is missing, or there is no `param(…)` of that name.
+        """
+        if values.keys() != self._names:
+            raise TypeError(
+                f"The prepared query takes {', '.join(sorted(self._names)) or 'no values'}; "
+                f"got: {', '.join(sorted(values)) or 'none'}."
+            )
+        return PreparedQuery(self, values)
+
+    def load(self, values: Mapping[str, Any]) -> Any:
+        db = database_of(self.plain)
+        try:
+            compiled = self._compiled[id(db)]
+        except KeyError:
+            chosen = self.plans.plan(self.plain)
+            compiled = chosen.compile(db, self._shape) if isinstance(chosen, JsonPlan) else None
+            self._compiled[id(db)] = compiled
+        params = None if compiled is None else compiled.template.bind_named(values)
+        if compiled is None or params is None:
+            return self.plans.load(with_values(self.plain, values))
+        return compiled.load(params)
+
+
+class PreparedQuery:
+    """A prepared query and its values: to be returned from an endpoint, or given to `respond()`."""
+
+    __slots__ = ("_prepared", "_values")
+
+    def __init__(self, prepared: Prepared, values: Mapping[str, Any]) -> None:
+        self._prepared = prepared
+        self._values = values
+
+    def load(self) -> Any:
+        return self._prepared.load(self._values)
+
+    @property
+    def query(self) -> Any:
+        """The same as a query of Peewee's."""
+        return with_values(self._prepared.plain, self._values)
+
+    @property
+    def model(self) -> Any:
+        return self._prepared.plain.model
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a query would be answered; `print()` it.
+
+    Attributes:
+        plan: "json" (one statement, in which the database builds the JSON), "rows" (one statement
+            for each relation, validated by Pydantic) or "instances" (Peewee's, likewise).
+        reason: why it isn't a faster plan; empty for "json".
+        sql, params: the statement, of "rows" and "instances" the first one.
+        warnings: what will make it slow.
+    """
+
+    plan: str
+    reason: str
+    sql: str
+    params: list[Any]
+    warnings: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"plan: {self.plan}", self.sql, f"with {self.params!r}" if self.params else ""]
+        if self.reason:
+            lines[0] += f", since {self.reason}"
+        return "\n".join(filter(None, lines + [f"warning: {each}" for each in self.warnings]))
+
+
+def explain(query: Any, type_: Any) -> Explanation:
+    """Say how an endpoint with this response type would answer with this query.
+
+    It asks the database for its indexes, so call it as other synchronous code: in a script or a
+    shell, or with `await db.run(explain, query, type_)`.
+    """
+    plain = query.query if isinstance(query, PreparedQuery) else query
+    plans, db = Plans(type_), database_of(plain)
+    db.connection()  # what the server is decides what it understands
+    chosen = plans.plan(plain)
+    sql, params = chosen.statement(db)
+    warnings = []
+    if plans.response.schema is not None and isinstance(plain, peewee.BaseModelSelect):
+        for tree in plans.response.tree(base_model(plain)).all():
+            for relation in tree.relations:
+                if relation.many and not _indexed(db, relation.fk):
+                    table, column = relation.fk.model._meta.table_name, relation.fk.column_name
+                    warnings.append(
+                        f"{relation.name}: there is no index on {table}.{column}, so the whole "
+                        f"table is read for each row of {tree.model._meta.table_name}."
+                    )
+    return Explanation(chosen.kind, chosen.reason, sql, list(params), warnings)
+
+
+def _indexed(db: Any, field: Any) -> bool:
+    """Whether an index, or the primary key, begins with this column."""
+    meta = field.model._meta
+    indexes = [index.columns for index in db.get_indexes(meta.table_name, meta.schema)]
+    indexes.append(db.get_primary_keys(meta.table_name, meta.schema))
+    return any(columns[:1] == [field.column_name] for columns in indexes)
+
+
 def database_of(value: Any) -> Any:
     """The database of a query or of an instance."""
+    if isinstance(value, PreparedQuery):
+        value = value._prepared.plain
     db = value._meta.database if isinstance(value, Model) else value._database
     return db.obj if isinstance(db, peewee.Proxy) else db

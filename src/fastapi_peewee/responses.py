@@ -19,7 +19,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .calls import uninterrupted
-from .loading import Plans, Texts, database_of, is_query
+from .loading import Plans, database_of, is_query
+from .plans import Texts
 
 #: Rows that are fetched and sent at a time.
 _ROWS_AT_ONCE = 500

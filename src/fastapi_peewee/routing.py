@@ -30,7 +30,8 @@ from fastapi.routing import (
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from .handlers import CONFLICT, NOT_FOUND
-from .loading import Plans, Texts
+from .loading import Plans
+from .plans import Texts
 from .responses import QueryResponse
 from .state import RequestScope
 

@@ -53,7 +53,7 @@ from peewee import (
     multi_types,
 )
 
-__all__ = ["Shape", "Template", "compile_template", "param", "shape_of"]
+__all__ = ["Shape", "Template", "compile_template", "param", "shape_of", "with_values"]
 
 
 class Shape(NamedTuple):
@@ -71,6 +71,11 @@ class Shape(NamedTuple):
     key: Hashable
     values: list[Any]
     query: Any
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the `param(…)`s in it."""
+        return frozenset(value.name for value in self.values if type(value) is Parameter)
 
 
 class Template:
@@ -669,6 +674,30 @@ def _tagged(node: Any) -> Any:
 
 def _tagged_value(value: Any) -> Any:
     return _NamedTag(value.name) if type(value) is Parameter else _Tag()
+
+
+def with_values(query: Any, named: Mapping[str, Any]) -> Any:
+    """A copy of a query with values in the place of its `param(…)`s. Its shape must be known."""
+
+    def copied(node: Any) -> Any:
+        cls = type(node)
+        if cls is Parameter:
+            return named[node.name]
+        if isinstance(node, multi_types):
+            return cls(copied(child) for child in node)
+        names = {SQL: ("params",), Value: ("value",)}.get(cls) or _CHILDREN.get(cls)
+        if names is None:
+            return node
+        if cls is Value and node.multi:
+            names = ("values",)
+        copy = object.__new__(cls)
+        copy.__dict__.update(node.__dict__)  # `_hash` included: as a source it remains the same
+        copy.__dict__.update((name, copied(node.__dict__[name])) for name in names)
+        return copy
+
+    result = copied(query)
+    result._cursor_wrapper = None
+    return result
 
 
 def _changed(query: Any, original: Any, tagged: Any) -> Any:

@@ -1,0 +1,209 @@
+"""The plans: the ways from a query and a response type to the response.
+
+Three, from the fastest to the most general; each is taken where the one before can't be:
+
+- *json*: one statement, in which the database builds the JSON;
+- *rows*: one statement for each relation, of the needed columns; Pydantic validates dictionaries;
+- *instances*: Peewee's model instances, with their relations loaded; Pydantic validates them.
+
+All give the same JSON. Nothing is kept here: `loading` does that.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+from peewee import SQL, BaseModelSelect
+
+from .columns import Narrowed, Unplannable, base_model, check
+from .json_sql import NoJson, writer
+from .reading import complete, count_relations, dictionaries, one_snapshot
+from .shapes import Shape, Template, compile_template
+from .trees import Response, Tree
+
+_ONE = SQL("1")
+
+
+class Texts:
+    """The rows of a json plan, as the database sent them."""
+
+    __slots__ = ("many", "texts")
+
+    def __init__(self, texts: Sequence[bytes], many: bool) -> None:
+        self.texts = texts
+        self.many = many
+
+    def body(self) -> bytes:
+        if self.many:
+            return b"[" + b",".join(self.texts) + b"]"
+        return self.texts[0] if self.texts else b"null"
+
+
+class Plan:
+    """How the rows of queries of one shape become a response.
+
+    Attributes:
+        kind: the name of the plan.
+        reason: why it isn't a faster one; empty for json.
+    """
+
+    kind: Literal["json", "rows", "instances"]
+
+    def __init__(self, response: Response, reason: str = "") -> None:
+        self.response = response
+        self.reason = reason
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        """The (first) statement and its parameters."""
+        raise NotImplementedError
+
+    def load(self, db: Any) -> Any:
+        """Read everything, on the connection in force: `Texts`, or what Pydantic can validate."""
+        raise NotImplementedError
+
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        """The JSON of the rows, `size` at a time, while the others stay with the server."""
+        raise NotImplementedError
+
+
+class JsonPlan(Plan):
+    """One statement: text before, the query's own text, and text after it."""
+
+    kind = "json"
+
+    def __init__(self, response: Response, db: Any, tree: Tree, narrowed: Narrowed, by_alias: bool):
+        super().__init__(response)
+        sql = writer(db)(db, by_alias)
+        self._before, self._after = sql.around(tree, narrowed)
+        self._params = sql.params
+        self._query = sql.inner(narrowed.query)
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        text, params = db.get_sql_context().parse(self._query)
+        return self._before + text + self._after, self._params + params
+
+    def load(self, db: Any) -> Texts:
+        return self.run(db, *self.statement(db))
+
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        for rows in db.stream(*self.statement(db), size):
+            yield [row[0].encode() for row in rows]
+
+    def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
+        return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
+
+    def compile(self, db: Any, shape: Shape) -> "Compiled | None":
+        """What loads all queries of this shape. None if values and parameters can't be matched."""
+        template = compile_template(self._query, shape, db)
+        if template is None:
+            return None
+        return Compiled(self, db, self._before + template.sql + self._after, self._params, template)
+
+
+class Compiled(NamedTuple):
+    """A json plan's statement, for queries that differ from the one it was made of in values."""
+
+    plan: JsonPlan
+    db: Any
+    sql: str
+    params: list[Any]
+    template: Template
+
+    def load(self, params: Sequence[Any]) -> Texts:
+        return self.plan.run(self.db, self.sql, [*self.params, *params] if self.params else params)
+
+
+class RowPlan(Plan):
+    """One statement for the query, and one for each relation."""
+
+    kind = "rows"
+
+    def __init__(self, response: Response, tree: Tree, narrowed: Narrowed, reason: str) -> None:
+        super().__init__(response, reason)
+        self._tree = tree
+        self._narrowed = narrowed
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        sql, params = db.get_sql_context().parse(self._narrowed.query)
+        return sql, params
+
+    def load(self, db: Any) -> Any:
+        with one_snapshot(db, 1 + count_relations(self._tree)):
+            rows = list(self._narrowed.query.tuples().execute(db))
+            found = dictionaries(db, self._tree, self._narrowed, rows)
+        return found if self.response.many else (found[0] if found else None)
+
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        with one_snapshot(db, 2):
+            for rows in _chunks(self._narrowed.query.tuples(), db, size):
+                yield self.response.dump(dictionaries(db, self._tree, self._narrowed, rows))
+
+
+class InstancePlan(Plan):
+    """Peewee's instances, with the relations that the response needs."""
+
+    kind = "instances"
+
+    def __init__(self, response: Response, query: Any, reason: str) -> None:
+        super().__init__(response, reason)
+        self._query = query
+
+    def statement(self, db: Any) -> tuple[str, list[Any]]:
+        sql, params = db.get_sql_context().parse(self._query)
+        return sql, params
+
+    def load(self, db: Any) -> Any:
+        query = self._query.clone()
+        query._cursor_wrapper = None
+        found = complete(db, list(query.execute(db)), self.response)
+        if self.response.many or self.response.schema is None:
+            return found
+        return found[0] if found else None
+
+    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        with one_snapshot(db, 2):
+            for rows in _chunks(self._query, db, size):
+                yield self.response.dump(complete(db, rows, self.response))
+
+
+def _chunks(query: Any, db: Any, size: int) -> Iterator[list[Any]]:
+    rows = db.open_rows(query.bind(db))
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def plan(
+    query: Any, response: Response, db: Any, *, by_alias: bool = True, as_json: bool = True
+) -> Plan:
+    """Choose the plan for a query. The database must be connected.
+
+    Args:
+        query: any of Peewee's queries that read.
+        response: what is wanted.
+        db: the database, of ours.
+        by_alias: whether the JSON has the schema's aliases as keys.
+        as_json: whether the database may build the JSON; not if a serialiser has more to do.
+    """
+    if not response.many and response.schema is not None and isinstance(query, BaseModelSelect):
+        query = query.limit(_ONE) if query._limit is None else query
+    try:
+        if response.schema is None:
+            raise Unplannable("the response is neither a Pydantic model nor a list of one")
+        if not isinstance(query, BaseModelSelect):
+            raise Unplannable(f"a {type(query).__name__} isn't built of parts that can be changed")
+        if query._load_tree:
+            raise Unplannable("the query says how its relations are loaded, with_related()")
+        tree = response.tree(base_model(query))
+        for each in tree.all():
+            if each.instances:
+                raise Unplannable(each.instances[0])
+        check(query, tree)
+        narrowed = Narrowed(query, tree)
+    except Unplannable as error:
+        return InstancePlan(response, query, str(error))
+    if not as_json:
+        return RowPlan(response, tree, narrowed, "the route's response_model_… options ask for it")
+    try:
+        return JsonPlan(response, db, tree, narrowed, by_alias)
+    except NoJson as error:
+        return RowPlan(response, tree, narrowed, str(error))

@@ -1,0 +1,417 @@
+"""Endpoints that return queries, instances, or nothing: the response model decides what is read."""
+
+from typing import Annotated, Any
+
+import peewee
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fastapi_peewee import Database, InTransaction, PeeweeRoute, explain, param, prepared, respond
+from tests.apps import client, connected, make_app
+from tests.apps import db as db
+
+
+class ItemOut(BaseModel):
+    id: int
+    title: str
+
+
+class UserOut(BaseModel):
+    id: int
+    name: str
+    items: list[ItemOut]
+
+
+class Aliased(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+    id: int
+    name: str = Field(alias="fullName")
+    note: str | None
+
+
+class Checked(BaseModel):
+    """Not for the database to build: it has a validator."""
+
+    id: int
+    name: str
+    items: list[ItemOut]
+
+    @field_validator("name")
+    @classmethod
+    def loud(cls, name: str) -> str:
+        return name.upper()
+
+
+ADA = {"id": 1, "name": "Ada", "items": [{"id": 1, "title": "a"}, {"id": 2, "title": "b"}]}
+BOB = {"id": 2, "name": "Bob", "items": []}
+
+
+class Models:
+    def __init__(self, db: Database) -> None:
+        class User(db.Model):
+            name = peewee.CharField()
+            note = peewee.CharField(null=True)
+
+        class Item(db.Model):
+            title = peewee.CharField()
+            owner = peewee.ForeignKeyField(User, backref="items")
+
+        self.User: Any = User
+        self.Item: Any = Item
+
+
+@pytest.fixture
+async def models(db: Database) -> Models:
+    """Users with items: Ada has two, Bob has none."""
+    models = Models(db)
+    await db.acreate_tables([models.User, models.Item])
+    ada = await models.User.acreate(name="Ada")
+    await models.User.acreate(name="Bob")
+    for title in "ab":
+        await models.Item.acreate(title=title, owner=ada)
+    return models
+
+
+@pytest.fixture
+async def statements(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The SQL that the database is sent."""
+    seen: list[str] = []
+    execute = db.execute_sql
+
+    def noting(sql: str, params: Any = None) -> Any:
+        seen.append(sql)
+        return execute(sql, params)
+
+    monkeypatch.setattr(db, "execute_sql", noting)
+    return seen
+
+
+KINDS = pytest.mark.parametrize("kind", ["def", "async"])
+
+
+def add(app: FastAPI, kind: str, path: str, returns: Any, **options: Any) -> None:
+    """An endpoint that returns what `returns()` does."""
+
+    def plain() -> Any:
+        return returns()
+
+    async def coroutine() -> Any:
+        return returns()
+
+    app.get(path, **options)(plain if kind == "def" else coroutine)
+
+
+async def answer(app: FastAPI, path: str = "/") -> tuple[int, Any]:
+    async with client(app) as http:
+        response = await http.get(path)
+        return response.status_code, response.json()
+
+
+@KINDS
+async def test_a_list(db: Database, models: Models, statements: list[str], kind: str) -> None:
+    """A returned query becomes the list that the response model describes, in one statement."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: models.User.select().order_by(models.User.id),
+        response_model=list[UserOut])  # fmt: skip
+    statements.clear()
+    for _ in range(3):
+        assert await answer(app) == (200, [ADA, BOB])
+    assert len(statements) == 3
+    assert len(set(statements)) == 1
+
+
+@KINDS
+async def test_one_row(db: Database, models: Models, statements: list[str], kind: str) -> None:
+    """A response model that is no list takes the first row; without one, the answer is 404."""
+    app = make_app(db)
+    ids = iter([2, 1, 3])
+    add(app, kind, "/", lambda: models.User.select().where(models.User.id == next(ids)),
+        response_model=UserOut)  # fmt: skip
+    statements.clear()
+    assert await answer(app) == (200, BOB)
+    assert await answer(app) == (200, ADA)
+    assert await answer(app) == (404, {"detail": "User not found"})
+    assert len(statements) == 3
+
+
+@KINDS
+async def test_one_row_or_none(db: Database, models: Models, kind: str) -> None:
+    """Where the response model is optional, no row is null."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: models.User.select().where(models.User.id == 3),
+        response_model=UserOut | None)  # fmt: skip
+    add(app, kind, "/none", lambda: None, response_model=UserOut | None)
+    assert await answer(app) == (200, None)
+    assert await answer(app, "/none") == (200, None)
+
+
+@KINDS
+async def test_none(db: Database, models: Models, kind: str) -> None:
+    """`None` is 404 where the response model is a model that isn't optional."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: None, response_model=UserOut)
+    add(app, kind, "/plain", lambda: None)
+    assert await answer(app) == (404, {"detail": "Not found"})
+    assert await answer(app, "/plain") == (200, None)
+
+
+@KINDS
+async def test_an_instance(db: Database, models: Models, kind: str) -> None:
+    """A returned instance gets the relations that the response model has, and isn't changed."""
+    ada = await models.User.aget_by_id(1)
+    app = make_app(db)
+    add(app, kind, "/", lambda: ada, response_model=UserOut)
+    add(app, kind, "/list", lambda: [ada], response_model=list[UserOut])
+    assert await answer(app) == (200, ADA)
+    assert await answer(app, "/list") == (200, [ADA])
+    assert not isinstance(ada.__dict__.get("items"), list)
+
+
+@KINDS
+async def test_what_the_endpoint_has_loaded(
+    db: Database, models: Models, statements: list[str], kind: str
+) -> None:
+    """Relations that are loaded already are not read again."""
+    query = models.User.select().where(models.User.id == 1).with_related(models.User.items)
+    users = await db.list(query)
+    app = make_app(db)
+    add(app, kind, "/", lambda: users, response_model=list[UserOut])
+    statements.clear()
+    assert (await answer(app))[0] == 200
+    assert [sql for sql in statements if "SELECT" in sql and "FROM" in sql] == []
+
+
+@KINDS
+async def test_validators_run(db: Database, models: Models, kind: str) -> None:
+    """A schema with validators is validated: the database doesn't build its JSON."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: models.User.select().where(models.User.id == 1),
+        response_model=Checked)  # fmt: skip
+    assert await answer(app) == (200, {**ADA, "name": "ADA"})
+
+
+OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"id": 1, "fullName": "Ada", "note": None}),
+    ({"response_model_by_alias": False}, {"id": 1, "name": "Ada", "note": None}),
+    ({"response_model_exclude_none": True}, {"id": 1, "fullName": "Ada"}),
+    ({"response_model_exclude": {"id"}}, {"fullName": "Ada", "note": None}),
+    ({"response_model_include": {"id"}}, {"id": 1}),
+    ({"response_model_exclude_unset": True}, {"id": 1, "fullName": "Ada", "note": None}),
+]
+
+
+@KINDS
+@pytest.mark.parametrize(("options", "expected"), OPTIONS)
+async def test_the_options_of_a_route(
+    db: Database, models: Models, kind: str, options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """`response_model_include`, `…_exclude_none`, `…_by_alias` and so on work as in FastAPI."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: models.User.select().where(models.User.id == 1),
+        response_model=Aliased, **options)  # fmt: skip
+    assert await answer(app) == (200, expected)
+    # FastAPI itself, with an instance:
+    plain = FastAPI()
+    ada = await models.User.aget_by_id(1)
+    add(plain, "def", "/", lambda: ada, response_model=Aliased, **options)
+    assert await answer(plain) == (200, expected)
+
+
+@KINDS
+async def test_status_headers_dependencies_and_background_tasks(
+    db: Database, models: Models, kind: str
+) -> None:
+    """A status code, headers set on `Response`, dependencies and background tasks are kept."""
+    app = make_app(db)
+    done: list[str] = []
+
+    def dependency(response: Response) -> str:
+        response.headers["x-seen"] = "yes"
+        return "Ada"
+
+    Name = Annotated[str, Depends(dependency)]
+
+    def plain(name: Name, response: Response, tasks: BackgroundTasks) -> Any:
+        response.set_cookie("a", "b")
+        tasks.add_task(done.append, name)
+        return models.User.select().where(models.User.name == name)
+
+    async def coroutine(name: Name, response: Response, tasks: BackgroundTasks) -> Any:
+        return plain(name, response, tasks)
+
+    endpoint: Any = plain if kind == "def" else coroutine
+    app.get("/", response_model=UserOut, status_code=203)(endpoint)
+    async with client(app) as http:
+        response = await http.get("/")
+    assert (response.status_code, response.json()) == (203, ADA)
+    assert response.headers["x-seen"] == "yes"
+    assert response.headers["set-cookie"].startswith("a=b")
+    assert response.headers["content-type"] == "application/json"
+    assert done == ["Ada"]
+
+
+@KINDS
+async def test_a_transaction(db: Database, models: Models, kind: str) -> None:
+    """A query that is returned from a transaction sees what the transaction wrote."""
+    app = make_app(db)
+
+    def create() -> Any:
+        models.User.create(name="Cleo")
+        return models.User.select().where(models.User.name == "Cleo")
+
+    @app.post("/", response_model=UserOut)
+    async def endpoint(db: InTransaction) -> Any:
+        return await db.run(create)
+
+    async with client(app) as http:
+        response = await http.post("/")
+    assert (response.status_code, response.json()) == (200, {"id": 3, "name": "Cleo", "items": []})
+
+
+async def test_the_document_says_what_the_response_model_says(db: Database, models: Models) -> None:
+    """OpenAPI is as ever: the response model, whatever the endpoint returns."""
+    app, plain = make_app(db), make_app(db, APIRoute)
+    for each in (app, plain):
+        add(each, "def", "/", lambda: None, response_model=list[UserOut])
+    assert app.openapi() == plain.openapi()
+
+
+@KINDS
+async def test_no_response_model(db: Database, models: Models, kind: str) -> None:
+    """A query returned without a response model is refused: nothing says what to read."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: models.User.select())
+    with pytest.raises(TypeError, match="no response model"):
+        async with client(app, raises=True) as http:
+            await http.get("/")
+
+
+@KINDS
+async def test_a_query_that_writes(db: Database, models: Models, kind: str) -> None:
+    """An INSERT, UPDATE or DELETE that wasn't executed is refused, and not executed."""
+    app = make_app(db)
+    add(app, kind, "/", lambda: models.User.delete(), response_model=list[UserOut])
+    with pytest.raises(TypeError, match="has not been executed"):
+        async with client(app, raises=True) as http:
+            await http.get("/")
+    assert await db.count(models.User.select()) == 2
+
+
+@KINDS
+@pytest.mark.parametrize("route_class", [PeeweeRoute, APIRoute])
+async def test_respond(
+    db: Database, models: Models, kind: str, route_class: type[APIRoute]
+) -> None:
+    """`respond(query, type)` does the same on any route, for a type that the endpoint chooses."""
+    app = make_app(db, route_class)
+    User = models.User
+    ada = await User.aget_by_id(1)
+    for path, returned, type_ in [
+        ("/list", lambda: User.select().order_by(User.id), list[UserOut]),
+        ("/one", lambda: User.select().where(User.id == 1), UserOut),
+        ("/missing", lambda: User.select().where(User.id == 9), UserOut),
+        ("/optional", lambda: User.select().where(User.id == 9), UserOut | None),
+        ("/checked", lambda: User.select().where(User.id == 1), Checked),
+        ("/instance", lambda: ada, UserOut),
+        ("/dictionary", lambda: {**ADA, "more": 1}, UserOut),
+    ]:
+        add(app, kind, path,
+            lambda returned=returned, type_=type_: respond(
+                returned(), type_, status_code=201, headers={"x-a": "b"}
+            ),
+            response_model=None)  # fmt: skip
+    assert await answer(app, "/list") == (201, [ADA, BOB])
+    assert await answer(app, "/one") == (201, ADA)
+    assert await answer(app, "/missing") == (404, {"detail": "User not found"})
+    assert await answer(app, "/optional") == (201, None)
+    assert await answer(app, "/checked") == (201, {**ADA, "name": "ADA"})
+    assert await answer(app, "/instance") == (201, ADA)
+    assert await answer(app, "/dictionary") == (201, ADA)
+    async with client(app) as http:
+        response = await http.get("/one")
+    assert response.headers["x-a"] == "b"
+    assert response.headers["content-length"] == str(len(response.content))
+    assert db.pool_stats.in_use == 0
+
+
+@KINDS
+async def test_prepared(db: Database, models: Models, statements: list[str], kind: str) -> None:
+    """A prepared query is compiled once and called with values."""
+    User = models.User
+    query = User.select().where(User.id == param("id")).limit(param("limit"))
+    one, several = prepared(query, UserOut), prepared(query, list[UserOut])
+    app = make_app(db)
+    ids = iter([1, 2, 9])
+    add(app, kind, "/", lambda: one(id=next(ids), limit=1), response_model=UserOut)
+    add(app, kind, "/list", lambda: several(id="2", limit=5), response_model=list[UserOut])
+    add(app, kind, "/short", lambda: several(id=1, limit=5), response_model=list[UserOut],
+        response_model_exclude={0: {"items"}})  # fmt: skip
+    statements.clear()
+    assert await answer(app) == (200, ADA)
+    assert await answer(app) == (200, BOB)
+    assert await answer(app) == (404, {"detail": "User not found"})
+    assert await answer(app, "/list") == (200, [BOB])
+    assert len(statements) == 4
+    assert await answer(app, "/short") == (200, [{"id": 1, "name": "Ada"}])
+
+
+async def test_prepared_where_the_database_can_not_build_the_json(
+    db: Database, models: Models
+) -> None:
+    """A prepared query whose schema has validators gives what any other query gives."""
+    User = models.User
+    one = prepared(User.select().where(User.id == param("id")), Checked)
+    app = make_app(db)
+    add(app, "def", "/", lambda: one(id=1), response_model=Checked)
+    for _ in range(2):
+        assert await answer(app) == (200, {**ADA, "name": "ADA"})
+
+
+async def test_prepared_with_wrong_values(db: Database, models: Models) -> None:
+    """Missing and unknown names of values are an error at the call, which names them."""
+    one = prepared(models.User.select().where(models.User.id == param("id")), UserOut)
+    with pytest.raises(TypeError, match=r"takes id; got: user_id\."):
+        one(user_id=1)
+    with pytest.raises(TypeError, match="got: none"):
+        one()
+    with pytest.raises(TypeError, match="can't be prepared"):
+        prepared(models.User.delete(), UserOut)
+
+
+async def test_explain(db: Database, models: Models) -> None:
+    """`explain` says which plan, why, and the SQL."""
+    query = models.User.select().where(models.User.name == "Ada")
+    found = await db.run(explain, query, list[UserOut])
+    assert (found.plan, found.reason, found.warnings) == ("json", "", [])
+    assert "Ada" in found.params
+    assert str(found).startswith("plan: json\nSELECT ")
+    found = await db.run(explain, query, list[Checked])
+    assert found.plan == "rows"
+    assert "name" in found.reason
+    assert str(found).startswith("plan: rows, since ")
+    found = await db.run(explain, query.dicts(), list[UserOut])
+    assert found.plan == "instances"
+
+
+async def test_explain_warns_of_a_missing_index(database_url: str) -> None:
+    """A back-reference whose foreign key has no index is read with a scan for each parent."""
+    async with connected(database_url) as db:
+
+        class User(db.Model):
+            name = peewee.CharField()
+
+        class Item(db.Model):
+            title = peewee.CharField()
+            owner = peewee.ForeignKeyField(User, backref="items", index=False, constraints=[])
+
+        await db.acreate_tables([User, Item])
+        if isinstance(db, peewee.MySQLDatabase):
+            pytest.skip("MySQL and MariaDB give every foreign key an index")
+        found = await db.run(explain, User.select(), list[UserOut])
+    assert found.warnings == [
+        "items: there is no index on item.owner_id, so the whole table is read for each row of "
+        "user."
+    ]
