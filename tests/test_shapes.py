@@ -1,11 +1,16 @@
 """Shapes: a template binds the values of every query with its key, and of no other."""
 
+import datetime
+import random
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import peewee
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peewee import JOIN, SQL, Case, Cast, EnclosedNodeList, Value, ValuesList, Window, fn
 
 from fastapi_peewee.shapes import Shape, Template, compile_template, param, shape_of
@@ -392,3 +397,356 @@ def test_a_parameter_cant_be_a_list() -> None:
     query = User.select().where(User.id << param("ids"))
     with pytest.raises(TypeError, match="can't be a list"):
         shape_of(query, parameters=True)
+
+
+# --- Random queries ------------------------------------------------------------------------------
+
+MODELS = [User, Item, ItemLabel, Label]
+NUMBERS = [0, 1, 2, 7, -1, True, False, "1", 1.0, 1.5, Decimal("1"), Decimal("2.50")]
+ANYTHING = [*NUMBERS, "a", "a%", "", b"1", b"x", datetime.datetime(2020, 1, 2), datetime.date.min]
+PLAIN_OPS = [
+    *("=", "!=", "<", "<=", ">", ">=", "LIKE", "ILIKE", "REGEXP", "&", "|", "+", "-", "*", "/"),
+    *("||", "IS", "IS NOT", "XOR", "SIMILAR TO"),
+]
+
+
+class Builder:
+    """A query of two sources: its structure is read from bytes, its values are random."""
+
+    def __init__(self, structure: bytes, seed: int) -> None:
+        self.structure = iter(structure)
+        self.random = random.Random(seed)
+        self.sources: list[Any] = []
+        self.reusable: list[Any] = []
+
+    def pick(self, count: int) -> int:
+        return next(self.structure, 0) % count
+
+    def one(self, items: Any) -> Any:
+        return items[self.pick(len(items))]
+
+    def some(self, make: Callable[[], Any], most: int = 3) -> list[Any]:
+        return [make() for _ in range(self.pick(most + 1))]
+
+    def integer(self) -> int:
+        return self.random.randrange(4)
+
+    def value(self, field: Any = None) -> Any:
+        """A plain value that the field's converter takes."""
+        if isinstance(field, peewee.ForeignKeyField):
+            field = field.rel_field
+        if isinstance(field, peewee.UUIDField):
+            return uuid.UUID(int=self.integer())
+        if isinstance(field, peewee.DecimalField | peewee.FloatField):
+            return self.random.choice(NUMBERS)
+        return self.random.choice(ANYTHING)
+
+    def value_or_none(self) -> Any:
+        """Where None is a parameter as any other."""
+        return self.random.choice([None, *ANYTHING])
+
+    def field(self) -> Any:
+        source = self.one(self.sources)
+        if isinstance(source, peewee.Source):
+            return getattr(source.c, self.one(["a", "b"]))
+        model = source.model if isinstance(source, peewee.ModelAlias) else source
+        names = [field.name for field in model._meta.sorted_fields]
+        return getattr(source, self.one([name for name in names if name != "document"]))
+
+    def instance(self) -> Any:
+        return self.one([User, Item])(id=self.integer())
+
+    def operand(self, field: Any, depth: int) -> Any:
+        kind = self.pick(8)
+        if kind == 0 and depth:
+            return self.expression(depth - 1) if self.pick(3) else self.select(depth - 1)
+        if kind == 1:
+            return self.instance() if isinstance(field, peewee.ForeignKeyField) else self.field()
+        if kind == 2:
+            converter = self.one([None, False, str, repr])
+            return Value(self.value(field), converter=converter)
+        return self.value(field)
+
+    def expression(self, depth: int) -> Any:
+        field = self.field()
+        if not depth:
+            return field
+        if self.reusable and self.pick(5) == 1:
+            return self.one(self.reusable)
+        made = self._expression(field, depth - 1)
+        self.reusable.append(made)
+        return made
+
+    def _expression(self, field: Any, depth: int) -> Any:
+        kind = self.pick(17)
+        inner = self.expression(depth) if kind > 1 else field
+        if kind == 2:
+            return peewee.Expression(self.value_or_none(), self.one(PLAIN_OPS), inner)
+        if kind == 3:
+            return inner + self.value(field)
+        if kind == 4:
+            name = self.one(["COALESCE", "LOWER", "COUNT", "SUM", "cast"])
+            arguments = [
+                inner,
+                *self.some(self.value_or_none),
+                *self.some(lambda: self.expression(depth)),
+            ]
+            return peewee.Function(name, tuple(arguments), coerce=bool(self.pick(2)))
+        if kind == 5:
+            function = fn.SUM(inner, self.value_or_none())
+            return function.filter(self.condition(depth)) if self.pick(2) else function
+        if kind == 6:
+            return fn.string_agg(inner, "x").order_by(*self.orderings(depth))
+        if kind == 7:
+            return inner.cast(self.one(["TEXT", "INT"]))
+        if kind == 8:
+            pairs = [(self.condition(depth), self.value_or_none()) for _ in range(1 + self.pick(2))]
+            return Case(None, pairs, self.one([None, 1]))
+        if kind == 9:
+            return Case(inner, ((self.value(), self.expression(depth)),), self.value() or 0)
+        if kind == 10:
+            return inner.collate(self.one(["NOCASE", "BINARY"]))
+        if kind == 11:
+            return SQL(self.one(["x + ?", "y - ?"]), [self.value()])
+        if kind == 12:
+            return peewee.BitwiseNegated(inner) if self.pick(2) else ~inner
+        if kind == 13:
+            start = self.one([None, Window.preceding(), Window.preceding(2)])
+            frame = self.one([None, "ROWS", "RANGE"])
+            partition = self.some(lambda: self.expression(depth)) or None
+            orders = self.orderings(depth) or None
+            return fn.SUM(inner, self.value()).over(partition, orders, start, frame_type=frame)
+        if kind == 14:
+            inner = self.select(depth)
+            return self.one([fn.ANY(inner), Cast(inner, "TEXT"), peewee.NodeList((inner, inner))])
+        if kind == 15:
+            return inner.concat(self.value())
+        if kind == 16:
+            return Value(
+                [self.value_or_none() for _ in range(self.pick(3))], unpack=bool(self.pick(2))
+            )
+        return peewee.Entity(*self.one([("a",), ("a", "b")])) if kind else field
+
+    def condition(self, depth: int) -> Any:
+        field = self.field() if self.pick(2) else self.expression(depth)
+        kind = self.pick(13)
+        if kind == 0:
+            return field == self.operand(field, depth) if self.pick(2) else field.is_null()
+        if kind == 1 and depth:
+            conditions = self.condition(depth - 1), self.condition(depth - 1)
+            return conditions[0] & conditions[1] if self.pick(2) else conditions[0] | conditions[1]
+        if kind == 2:
+            return ~(field == self.value(field))
+        if kind == 3:
+            values = [self.value(field) for _ in range(self.one([0, 1, 2, 3, 12]))]
+            kept = self.one([list, tuple])(values)
+            return field.in_(kept) if self.pick(2) else field.not_in(kept)
+        if kind == 4:
+            return field.in_([self.instance() for _ in range(self.pick(3))])
+        if kind == 5:
+            return field.in_(self.select(depth - 1 if depth else 0))
+        if kind == 6:
+            return field.between(self.value(field), self.value(field))
+        if kind == 7:
+            text = self.one(["a", "a_b", "%"])
+            return self.one([field.contains, field.startswith, field.endswith])(text)
+        if kind == 8:
+            return fn.EXISTS(self.select(depth - 1 if depth else 0))
+        if kind == 9 and depth:
+            return peewee.Tuple(field, self.expression(depth - 1)) == (
+                self.value(),
+                self.value_or_none(),
+            )
+        op = self.one(PLAIN_OPS)
+        nullable = self.pick(4) == 1 and not op.startswith("IS")
+        rhs = self.value_or_none() if nullable else self.operand(field, depth)
+        return peewee.Expression(field, op, rhs, flat=bool(self.pick(2)))
+
+    def orderings(self, depth: int) -> list[Any]:
+        def ordering() -> Any:
+            node = self.expression(depth)
+            kind = self.pick(5)
+            if kind == 1:
+                return node.desc()
+            if kind == 2:
+                return node.asc(collation="NOCASE")
+            if kind == 3:
+                return node.desc(nulls=self.one(["first", "last"]))
+            return node
+
+        return self.some(ordering, 2)
+
+    def source(self) -> Any:
+        model = self.one(MODELS)
+        kind = self.pick(6)
+        if kind == 1:
+            return model.alias()
+        if kind == 2:
+            return model.alias(self.one(["x", "y"]))
+        if kind == 3:
+            return peewee.Table("t", schema=self.one([None, "s"])).alias(self.one(["x", "z"]))
+        if kind == 4:
+            rows = [[self.value(), self.value_or_none()] for _ in range(1 + self.pick(2))]
+            return ValuesList(rows, columns=["a", "b"], alias=self.one(["v", "w"]))
+        return model
+
+    def select(self, depth: int) -> Any:
+        outer = self.sources
+        model = self.one(MODELS)
+        base = model.alias() if self.pick(4) == 1 else model
+        self.sources = [*outer[-1:], base]
+        query = base.select()
+        for _ in range(self.pick(3)):
+            joined = self.source() if not depth or self.pick(4) else self.select(0).alias("sub")
+            join_type = self.one([JOIN.INNER, JOIN.LEFT_OUTER, JOIN.CROSS])
+            self.sources.append(joined)
+            on = None if join_type == JOIN.CROSS else self.condition(depth)
+            query = query.join_from(base, joined, join_type, on=on)
+        if self.pick(3):
+            items = [self.expression(depth) for _ in range(1 + self.pick(2))]
+            items += [self.select(depth - 1)] if depth and self.pick(4) == 1 else []
+            query = query.select(
+                *[item.alias(self.one(["n", "m"])) if self.pick(3) == 1 else item for item in items]
+            )
+        conditions = self.some(lambda: self.condition(depth))
+        query = query.where(*conditions) if conditions else query
+        if self.pick(3) == 1:
+            query = query.group_by(*self.some(lambda: self.expression(depth)))
+            query = query.having(self.condition(depth)) if self.pick(2) else query
+        query = query.order_by(*self.orderings(depth))
+        query = query.limit(self.integer()) if self.pick(2) else query
+        query = query.offset(self.integer()) if self.pick(3) == 1 else query
+        query = query.distinct() if self.pick(6) == 1 else query
+        if depth and self.pick(5) == 1:
+            parts = self.select(depth - 1), self.select(depth - 1)
+            cte = parts[0].cte("cte", recursive=bool(self.pick(2)), columns=["a", "b"])
+            cte = cte.union_all(parts[1]) if self.pick(2) else cte
+            self.sources.append(cte)
+            query = query.join_from(base, cte, on=self.condition(0)).with_cte(cte)
+        if depth and self.pick(5) == 1:
+            other = self.select(depth - 1)
+            query = self.one([query.union, query.union_all, query.except_])(other)
+            query = query.order_by(*self.orderings(0)).limit(self.one([None, 1]))
+        self.sources = outer
+        return query
+
+
+def built(structure: bytes, seed: int) -> tuple[Any, Any]:
+    """A query, and a database for it."""
+    builder = Builder(structure, seed)
+    database = builder.one(DATABASES)
+    return builder.select(2), database
+
+
+class Cache:
+    """What is compiled of all queries so far: whichever has an equal key must fit exactly."""
+
+    def __init__(self) -> None:
+        self.templates: dict[Any, Template] = {}
+        self.hits = 0
+
+    def check(self, query: Any, database: Any) -> Any:
+        shape = taken(query)
+        key = database, shape.key
+        template = self.templates.get(key)
+        if template is None:
+            template = compile_template(query, shape, database)
+            assert template is not None
+            self.templates[key] = template
+        else:
+            self.hits += 1
+        assert_binds(template, query, database)
+        return shape.key
+
+
+STRUCTURES = st.binary(min_size=8, max_size=100)
+SEEDS = st.integers(0, 2**32)
+RANDOM_QUERIES = settings(
+    max_examples=5_000, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+def test_whatever_has_one_key_has_one_template() -> None:
+    """Over random queries, and ones that differ in one decision: equal keys mean equal SQL."""
+    cache = Cache()
+
+    @RANDOM_QUERIES
+    @given(STRUCTURES, SEEDS, st.integers(0, 60), st.integers(1, 255))
+    def check(structure: bytes, seed: int, place: int, change: int) -> None:
+        keys = [cache.check(*built(structure, seed + i)) for i in range(2)]
+        assert keys[0] == keys[1], "the same structure must be found again"
+        place %= len(structure)
+        changed = bytes([(structure[place] + change) % 256])
+        cache.check(*built(structure[:place] + changed + structure[place + 1 :], seed))
+
+    check()
+    assert cache.hits > 5_000
+
+
+def parts(node: Any, found: dict[int, Any]) -> Iterator[Any]:
+    """The nodes of a query that it doesn't share with others."""
+    if isinstance(node, list | tuple):
+        for child in node:
+            yield from parts(child, found)
+    elif isinstance(node, peewee.Node) and not isinstance(
+        node, peewee.Field | peewee.ModelAlias | peewee.Model | peewee.Table
+    ):
+        if id(node) not in found and node is not Window.CURRENT_ROW:
+            found[id(node)] = node
+            yield node
+            for child in list(vars(node).values()):
+                yield from parts(child, found)
+
+
+def damage(query: Any, which: int, how: int) -> str:
+    """Change one attribute of one node, whatever it is; says which."""
+    places = [
+        (node, name)
+        for node in parts(query, {})
+        for name in vars(node)
+        if name not in ("_database", "_cursor_wrapper", "_hash", "_path", "model", "_load_tree")
+    ]
+    node, name = places[which % len(places)]
+    old = getattr(node, name)
+    new: list[Any]
+    if isinstance(old, bool) or old is None:
+        new = [not old, SQL("changed"), "last", None]
+    elif isinstance(old, str):
+        new = [old + "x", "DESC", "<>", "FIRST"]
+    elif isinstance(old, list | tuple):
+        new = [type(old)([*old, 1]), old[:-1], old[::-1], type(old)([*old, User.age])]
+    elif isinstance(old, peewee.Node):
+        new = [SQL("changed"), User.age, 1, Value(2, converter=False)]
+    else:
+        new = [None, "a", User.name, str]
+    setattr(node, name, new[how % 4])
+    return f"{type(node).__name__}.{name}: {old!r} becomes {new[how % 4]!r}"
+
+
+def test_no_attribute_of_a_node_is_forgotten() -> None:
+    """Whatever is changed in a query, in whichever node: an equal key still means equal SQL."""
+    cache = Cache()
+    same, different = [0], [0]
+
+    @RANDOM_QUERIES
+    @given(STRUCTURES, SEEDS, st.integers(0, 10_000), st.integers(0, 3))
+    def check(structure: bytes, seed: int, which: int, how: int) -> None:
+        query, database = built(structure, seed)
+        key = cache.check(query, database)
+        query, database = built(structure, seed + 1)
+        said = damage(query, which, how)
+        try:
+            database.get_sql_context().parse(query)
+            shape = shape_of(query)
+        except Exception:  # Peewee can't make SQL of it, so there is nothing to compare
+            return
+        if shape is not None and shape.key == key:
+            assert_binds(cache.templates[database, key], query, database)
+            same[0] += 1
+        elif shape is not None:
+            assert shape.key != key, said
+            different[0] += 1
+
+    check()
+    assert different[0] > 1_000
+    assert same[0] > 300, "a change of a value must not be a change of the shape"

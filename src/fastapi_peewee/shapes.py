@@ -603,7 +603,9 @@ def shape_of(query: Any, *, parameters: bool = False) -> Shape | None:
             # Not in the SQL: under which names the rows of joined tables are attached.
             tokens += _number(source, tokens, seen), len(joins)
             for dest, attribute, constructor, _ in joins:
-                tokens += _number(dest, tokens, seen), attribute, _function(constructor)
+                alias = type(constructor) is ModelAlias
+                made = _number(constructor, tokens, seen) if alias else _function(constructor)
+                tokens += _number(dest, tokens, seen), attribute, made
     except _UnknownError:
         return None
     return Shape(tuple(tokens), values, query)
