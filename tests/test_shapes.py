@@ -1,9 +1,12 @@
 """Shapes: a template binds the values of every query with its key, and of no other."""
 
 import datetime
+import gc
 import random
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
 
@@ -244,6 +247,12 @@ QUERIES: dict[str, Make] = {
     "recursive": recursive,
     "windows": windows,
     "values list": values_list,
+    "none": lambda i, s: User.select(fn.COALESCE(None, i or None), Value(None)).where(
+        peewee.Expression(i or None, "IS", User.age)
+        | peewee.Expression(User.age, "<", i or None)
+        | peewee.Expression(User.age, "IS NOT", None)
+        | peewee.Tuple(i or None, None).in_([None, i or None, s])
+    ),
     "offset alone": lambda i, s: User.select().where(User.id > i).offset(i),
     "nulls": lambda i, s: User.select().order_by((User.age + i).asc(nulls="last"), User.name == s),
     "limit 0": lambda i, s: User.select().where(User.active == True).limit(1).offset(0),  # noqa: E712
@@ -257,6 +266,7 @@ QUERIES: dict[str, Make] = {
     "joined tables": lambda i, s: (
         lambda a, b: a.select(a.c.x).join(b, on=(a.c.x == b.c.y)).where(b.c.z == i)
     )(peewee.Table("a"), peewee.Table("b", schema="s")),
+    "a json document": lambda i, s: Item.select().where(Item.document == {"a": i, "b": [s]}),
     "by kwargs": lambda i, s: Item.filter(owner__name=s, price__gt=i, owner__manager__age=i),
 }
 ON_POSTGRES_ALONE: dict[str, Make] = {
@@ -399,11 +409,222 @@ def test_a_parameter_cant_be_a_list() -> None:
         shape_of(query, parameters=True)
 
 
+def test_what_is_not_known_is_not_guessed_at() -> None:
+    """Writing queries, nodes of other classes and with their own `__sql__` have no shape."""
+
+    class OwnField(peewee.CharField):
+        def __sql__(self, ctx: Any) -> Any:
+            return ctx.literal("own")
+
+    class OwnFunction(peewee.Function):
+        pass
+
+    class Other(Base):
+        own = OwnField()
+
+        @classmethod
+        def elsewhere(cls) -> Any:
+            return peewee.Column(peewee.SQL("x"), "y")
+
+    plain = User.select()
+    for query in (
+        User.insert(name="a"),
+        User.update(name="a"),
+        User.delete(),
+        User.raw("SELECT 1"),
+        User.noop(),
+        plain.with_related(User.items),
+        Other.select(),
+        Other.select(Other.elsewhere()),
+        plain.where(OwnFunction("x", ())),
+        plain.where(Item.document["a"] == 1),
+        plain.where(peewee.ValueLiterals(Value(1))),
+        plain.where(User.id == Membership()),
+        plain.where(Membership._meta.primary_key == (1, "a")).where(Membership._meta.primary_key),
+        plain.where(SQL("?", [User.age])),
+        plain.where(Value(User.age)),
+        plain.where(fn.COALESCE(n for n in (1, 2))),
+        plain.where(User.id == SQLITE.get_sql_context()),
+        plain.window(Window(extends="w")),
+        plain.with_cte(User),
+        plain.where(User.id == param("x")),
+    ):
+        assert shape_of(query) is None, query
+
+
+def test_a_converter_that_makes_sql_makes_the_template_useless() -> None:
+    """A value that became SQL isn't a parameter: then Peewee makes the query."""
+
+    class Shouting(peewee.CharField):
+        def db_value(self, value: Any) -> Any:
+            return fn.UPPER(value) if value == "loud" else value
+
+    class Speech(Base):
+        text = Shouting()
+
+    quiet, loud = (Speech.select().where(Speech.text == text) for text in ("quiet", "loud"))
+    assert compile_template(loud, taken(loud), SQLITE) is None
+    template = compiled(quiet)
+    assert template.bind(taken(quiet).values) == ["quiet"]
+    assert template.bind(taken(loud).values) is None
+
+
+def test_what_a_converter_raises_is_raised() -> None:
+    """As Peewee does for a value that its field can't take."""
+
+    class Positive(peewee.IntegerField):
+        def db_value(self, value: Any) -> Any:
+            if value < 0:
+                raise ValueError("negative")
+            return value
+
+    class Count(Base):
+        of = Positive()
+
+    good, bad = (Count.select().where(Count.of == value) for value in (1, -1))
+    template = compiled(good)
+    for attempt in (
+        bad.sql,
+        lambda: template.bind(taken(bad).values),
+        lambda: compile_template(bad, taken(bad), SQLITE),
+    ):
+        with pytest.raises(ValueError, match="negative"):
+            attempt()
+
+
+def test_an_instance_of_another_class_has_another_key() -> None:
+    """How an instance is converted depends on its class; and a foreign key tells it from an id."""
+    keys = {taken(Item.select().where(Item.owner == other)).key for other in (User(), Item(), 1)}
+    assert len(keys) == 3
+
+
+def test_what_becomes_of_the_rows_is_part_of_the_key() -> None:
+    """Row types, attributes of joined rows and conversions of columns don't show in the SQL."""
+    query = Item.select(Item, User).join(User)
+    queries = [
+        query,
+        query.dicts(),
+        query.tuples(),
+        query.objects(),
+        query.objects(dict),
+        Item.select(Item, User).join(User, on=(Item.owner == User.id).alias("seller")),
+        User.select(Item, User).join(Item),
+    ]
+    column = Item.price + 1
+    nodes = [
+        *(column, column.converter(str), column.converter(int)),
+        *(fn.ABS(column), fn.ABS(column).python_value(str), fn.ABS(column, coerce=False)),
+        *(column.alias("x"), column.converter(str).alias("x"), SQL("1"), SQL("1").converter(str)),
+        *(Item.price, Item.price.coerce(False), Item.price.converter(str)),
+    ]
+    queries += [Item.select(node) for node in nodes]
+    keys = {taken(query).key for query in queries}
+    assert len(keys) == len(queries)
+
+
+def test_a_renamed_table_has_another_key() -> None:
+    """A template isn't used for a table, or a schema, of another name."""
+
+    class Moving(Base):
+        pass
+
+    alias = Moving.alias()
+    queries = [Moving.select(), alias.select(), peewee.Select((Moving,), (SQL("1"),))]
+    meta = Moving._meta
+    for attribute, value in (("schema", "s"), ("table_name", "other")):
+        before = [(taken(query).key, query.sql()[0]) for query in queries]
+        setattr(meta, attribute, value)
+        for (key, sql), query in zip(before, queries, strict=True):
+            assert (taken(query).key == key) == (query.sql()[0] == sql)
+        del meta.table
+
+
+def test_a_key_keeps_what_it_names() -> None:
+    """No new field or model can take the place of one that is gone."""
+
+    def key() -> Any:
+        class Gone(Base):
+            text = peewee.TextField()
+
+        return taken(Gone.select().where(Gone.text == "a")).key
+
+    keys = set()
+    for count in range(1, 20):
+        keys.add(key())
+        gc.collect()
+        assert len(keys) == count
+
+
+def test_a_template_keeps_no_values() -> None:
+    """What was in the query that it was compiled of can be freed."""
+
+    class Big(str):
+        pass
+
+    value = Big("a")
+    shape = taken(User.select().where(User.name == value, User.name << [value]))
+    template = compile_template(shape.query, shape, SQLITE)
+    assert template is not None
+    cache, watch = {shape.key: template}, weakref.ref(value)
+    del value, shape
+    gc.collect()
+    assert watch() is None
+    assert len(cache) == 1
+
+
+def test_queries_are_read_only() -> None:
+    """Neither taking the shape nor compiling changes a query, which several threads may share."""
+    for make in QUERIES.values():
+        query = make(1, "a")
+        before = [(id(node), dict(vars(node))) for node in parts(query, {})]
+        compiled(query)
+        after = [(id(node), dict(vars(node))) for node in parts(query, {})]
+        assert [each[0] for each in before] == [each[0] for each in after]
+        for (_, old), (_, new) in zip(before, after, strict=True):
+            assert old.keys() == new.keys()
+            assert all(old[name] is new[name] for name in old)
+
+
+def test_threads_may_share_a_query() -> None:
+    """Each gets the same shape, and a template that fits."""
+    query = QUERIES["joins"](1, "a")
+    key, (sql, parameters) = taken(query).key, query.sql()
+
+    def work(_: int) -> bool:
+        shape = taken(query)
+        template = compiled(query)
+        return (shape.key, template.sql, template.bind(shape.values)) == (key, sql, parameters)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
+
+
+def test_a_database_with_a_context_of_its_own_has_no_templates() -> None:
+    """It may render anything in any way."""
+
+    class Context(peewee.Context):
+        pass
+
+    class Database(peewee.SqliteDatabase):
+        context_class = Context
+
+    query = User.select()
+    assert compile_template(query, taken(query), Database(None)) is None
+
+
+def test_a_query_that_has_changed_since_is_refused() -> None:
+    """A shape is of its moment."""
+    query = User.select().where(User.id == 1)
+    shape = taken(query)
+    query._limit = 1
+    assert compile_template(query, shape, SQLITE) is None
+
+
 # --- Random queries ------------------------------------------------------------------------------
 
 MODELS = [User, Item, ItemLabel, Label]
 NUMBERS = [0, 1, 2, 7, -1, True, False, "1", 1.0, 1.5, Decimal("1"), Decimal("2.50")]
-ANYTHING = [*NUMBERS, "a", "a%", "", b"1", b"x", datetime.datetime(2020, 1, 2), datetime.date.min]
+ANYTHING = [*NUMBERS, "a", "a%", "", b"1", b"x", datetime.date.min, datetime.timedelta(1)]
 PLAIN_OPS = [
     *("=", "!=", "<", "<=", ">", ">=", "LIKE", "ILIKE", "REGEXP", "&", "|", "+", "-", "*", "/"),
     *("||", "IS", "IS NOT", "XOR", "SIMILAR TO"),
@@ -443,7 +664,7 @@ class Builder:
 
     def value_or_none(self) -> Any:
         """Where None is a parameter as any other."""
-        return self.random.choice([None, *ANYTHING])
+        return self.random.choice([*[None] * 4, *ANYTHING])
 
     def field(self) -> Any:
         source = self.one(self.sources)
@@ -688,14 +909,13 @@ def parts(node: Any, found: dict[int, Any]) -> Iterator[Any]:
     if isinstance(node, list | tuple):
         for child in node:
             yield from parts(child, found)
-    elif isinstance(node, peewee.Node) and not isinstance(
-        node, peewee.Field | peewee.ModelAlias | peewee.Model | peewee.Table
-    ):
-        if id(node) not in found and node is not Window.CURRENT_ROW:
-            found[id(node)] = node
-            yield node
-            for child in list(vars(node).values()):
-                yield from parts(child, found)
+        return
+    shared = peewee.Field | peewee.ModelAlias | peewee.Model | peewee.Table
+    if isinstance(node, peewee.Node) and not isinstance(node, shared) and id(node) not in found:
+        found[id(node)] = node
+        yield node
+        for child in list(vars(node).values()):
+            yield from parts(child, found)
 
 
 def damage(query: Any, which: int, how: int) -> str:
@@ -720,6 +940,9 @@ def damage(query: Any, which: int, how: int) -> str:
     else:
         new = [None, "a", User.name, str]
     setattr(node, name, new[how % 4])
+    if name == "_alias" and hasattr(node, "_hash"):
+        node._alias = "other"
+        node._update_hash()  # as whatever changes an alias in Peewee does
     return f"{type(node).__name__}.{name}: {old!r} becomes {new[how % 4]!r}"
 
 

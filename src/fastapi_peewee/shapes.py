@@ -15,43 +15,7 @@ from types import GeneratorType, MethodType
 from typing import Any, NamedTuple
 
 import peewee
-from peewee import (
-    CTE,
-    SQL,
-    Alias,
-    BitwiseNegated,
-    Case,
-    Cast,
-    Column,
-    ColumnBase,
-    CompoundSelectQuery,
-    Context,
-    Entity,
-    Expression,
-    Field,
-    FieldAlias,
-    ForUpdate,
-    Function,
-    Join,
-    ManyToManyQuery,
-    Model,
-    ModelAlias,
-    ModelBase,
-    ModelCompoundSelectQuery,
-    ModelSelect,
-    Negated,
-    Node,
-    NodeList,
-    Ordering,
-    Select,
-    StringExpression,
-    Table,
-    Value,
-    ValuesList,
-    Window,
-    WindowAlias,
-    multi_types,
-)
+from peewee import CTE, Expression, Field, FieldAlias, Model, ModelAlias, ModelBase, Node, Value
 
 __all__ = ["Shape", "Template", "compile_template", "param", "shape_of", "with_values"]
 
@@ -133,7 +97,7 @@ class Template:
         return self.bind([named[v.name] if type(v) is Parameter else v for v in values])
 
 
-class Parameter(ColumnBase):
+class Parameter(peewee.ColumnBase):
     """A value that comes later, by name. See `param()`."""
 
     def __init__(self, name: str) -> None:
@@ -178,39 +142,119 @@ class _UnknownError(Exception):
 
 # --- The key -------------------------------------------------------------------------------------
 #
-# The tokens of a key are the tree in prefix order: for each node its type, the attributes that its
-# SQL depends on, then its children, with a length before each list. So a key can only be read in
-# one way, and equal keys mean equal trees. Identity stands for identity: fields compare, and hash,
-# as Peewee wants it, and `==` of two fields is an expression, which is always true. Hence
-# `MethodType(_is, field)`: a bound method equals another if their objects are the same object.
+# The tokens of a key are the tree in prefix order: for each node its type, what else its SQL
+# depends on, then its children, with a length before each list. So a key can be read in one way
+# only, and equal keys mean equal trees. Fields can't be tokens, since `==` of two fields makes an
+# expression, which is always true. `MethodType(_is, field)` can: a bound method equals another if
+# both are bound to the same object. And it keeps the object, whose `id()` could be another's later.
 #
 # A table, alias or subquery is a number, in the order of appearance, since Peewee numbers its
 # aliases t1, t2, … in such an order; what else is to be known of it stands where it appears first.
 # `seen` has the numbers, by what Peewee tells sources apart by: `_hash`, or identity.
 
-_Walk = Callable[[Any, list[Any], list[Any], dict[Any, Any]], None]
-
-_VALUE, _AS_IS, _CONVERTED, _LIST, _SOURCE, _END = "?", "as is", "converted", "list", "source", "."
-_WITH, _INSTANCE = "with", "instance"
-_PARAMETERS = "parameters allowed"
+_VALUE, _LIST, _SOURCE, _MODEL, _WITH = "?", "list", "source", "model", "with"
+_PARAMETERS = "whether there may be parameters"  # in `seen`
 
 #: What a converter may return that is rendered, not bound.
 _SQL_MAKERS = (Node, ModelBase)
+
+_NULL_TESTS = (peewee.OP.IS, peewee.OP.IS_NOT)
+_LIST_TESTS = (peewee.OP.IN, peewee.OP.NOT_IN)
+_SELECTS = (peewee.Select, peewee.ModelSelect, peewee.ManyToManyQuery)
+_COMPOUNDS = (peewee.CompoundSelectQuery, peewee.ModelCompoundSelectQuery)
+_QUERIES = frozenset(_SELECTS + _COMPOUNDS)
+_SOURCES = _QUERIES | {peewee.Table, peewee.ValuesList, CTE}
+_EXPRESSIONS = (Expression, peewee.StringExpression)
+
+#: What the SQL of a node, or the conversion of the column that it makes, depends on.
+_ATTRIBUTES: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys(_SELECTS, ("_lateral", "_simple_distinct", "_is_default")),
+    **dict.fromkeys(_COMPOUNDS, ("op",)),
+    peewee.Select: ("_lateral", "_simple_distinct"),
+    CTE: ("_recursive", "_materialized"),
+    peewee.Alias: ("_alias", "_coerce", "_converter"),
+    peewee.BitwiseNegated: ("_coerce", "_converter"),
+    peewee.Case: ("_converter",),
+    peewee.Cast: ("_cast", "_coerce", "_converter"),
+    peewee.Entity: ("_path", "_converter"),
+    peewee.ForUpdate: ("_expr", "_nowait", "_skip_locked"),
+    peewee.Function: ("name", "_coerce", "_converter", "_python_value"),
+    peewee.Join: ("join_type",),
+    peewee.Negated: ("_coerce", "_converter"),
+    peewee.NodeList: ("glue", "parens", "_converter"),
+    peewee.Ordering: ("direction", "collation", "nulls", "_coerce", "_converter"),
+    peewee.ValuesList: ("_columns",),
+    peewee.Window: ("_alias", "_inline", "frame_type"),
+    peewee.WindowAlias: (),
+}
+
+#: The attributes that hold other nodes, or lists of them, or values.
+_CHILDREN: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys(_ATTRIBUTES, ("node",)),
+    **dict.fromkeys(_EXPRESSIONS, ("lhs", "rhs")),
+    **dict.fromkeys(
+        _SELECTS,
+        (
+            *("_distinct", "_returning", "_from_list", "_where", "_group_by", "_having"),
+            *("_windows", "_order_by", "_limit", "_offset", "_for_update"),
+        ),
+    ),
+    **dict.fromkeys(_COMPOUNDS, ("lhs", "rhs", "_order_by", "_limit", "_offset")),
+    CTE: ("_columns", "_query"),
+    peewee.Case: ("predicate", "expression_tuples", "default"),
+    peewee.Entity: (),
+    peewee.ForUpdate: ("_of",),
+    peewee.Function: ("arguments", "_order_by", "_filter"),
+    peewee.Join: ("lhs", "rhs", "_on"),
+    peewee.NodeList: ("nodes",),
+    peewee.ValuesList: ("_values",),
+    peewee.Window: ("partition_by", "order_by", "start", "end", "_exclude"),
+    peewee.WindowAlias: ("window",),
+}
 
 
 def _is(_: Any) -> None:
     """Never called: see above."""
 
 
-def _function(function: Any) -> Any:
-    """A token for a function. A bound method is made anew whenever one asks for it."""
-    if function is None or type(function) is MethodType:
-        return function
-    return MethodType(_is, function)
+def _token(value: Any) -> Any:
+    """An attribute as a token: texts and flags by value, anything else by identity."""
+    cls = type(value)
+    if value is None or cls is str or cls is bool or cls is MethodType:
+        return value  # a bound method is another object whenever one asks for it
+    return tuple(map(_token, value)) if cls in (tuple, list) else MethodType(_is, value)
 
 
 def _walk(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     _WALKS.get(type(node), _walk_other)(node, tokens, values, seen)
+
+
+def _walk_node(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    cls = type(node)
+    tokens.append(cls)
+    if cls in _SOURCES:
+        tokens.append(_number(node, tokens, seen))
+    tokens.extend([_token(getattr(node, name)) for name in _ATTRIBUTES[cls]])
+    children = node.__dict__
+    for name in _CHILDREN[cls]:
+        child = children[name]
+        if child is None:
+            tokens.append(None)
+        else:
+            _WALKS.get(type(child), _walk_other)(child, tokens, values, seen)
+
+
+def _walk_query(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    if node._cte_list:
+        tokens += _WITH, len(node._cte_list)
+        for cte in node._cte_list:  # the definitions; elsewhere a CTE is but its name
+            if type(cte) is not CTE:
+                raise _UnknownError
+            _walk_node(cte, tokens, values, seen)
+    if type(node) not in (peewee.Select, peewee.CompoundSelectQuery):
+        number = _number(node.model, tokens, seen)
+        tokens += _MODEL, number
+    _walk_node(node, tokens, values, seen)
 
 
 def _walk_value(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
@@ -228,66 +272,6 @@ def _walk_list(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, 
         _WALKS.get(type(child), _walk_other)(child, tokens, values, seen)
 
 
-def _walk_other(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    """What is known by a base class: fields, aliased fields, models, their instances, values."""
-    cls = type(node)
-    if isinstance(node, FieldAlias):  # each has a class of its own
-        if cls.__sql__ is not FieldAlias.__sql__:
-            raise _UnknownError
-        index = _number(node.source, tokens, seen)
-        tokens += FieldAlias, index, MethodType(_is, node.field), node._coerce
-    elif isinstance(node, Field):
-        if cls.__sql__ is not Field.__sql__ or cls.column is not Field.column:
-            raise _UnknownError
-        _WALKS[cls] = _walk_field
-        _walk_field(node, tokens, values, seen)
-    elif isinstance(node, Model):
-        meta = node._meta
-        if cls.__sql__ is not Model.__sql__ or meta.composite_key or meta.primary_key is False:
-            raise _UnknownError
-        tokens += _INSTANCE, cls
-        values.append(node)
-    elif isinstance(node, ModelBase):
-        index = _number(node, tokens, seen)
-        tokens += Model, index
-    elif isinstance(node, Node | Context | GeneratorType):
-        raise _UnknownError
-    elif isinstance(node, multi_types):
-        _walk_list(node, tokens, values, seen)
-    else:
-        _walk_value(node, tokens, values, seen)
-
-
-def _number(source: Any, tokens: list[Any], seen: dict[Any, Any]) -> int:
-    """The number of a source. If it's new, what there is to know of it goes before the node."""
-    cls = type(source)
-    if cls is ModelAlias:
-        index = seen.get(source)
-        if index is None:
-            meta = source.model._meta
-            index = seen[source] = len(seen)
-            tokens += _SOURCE, index, source.alias, source.model, meta.table._path
-            tokens += meta.schema, meta.table_name  # another table has gone by that name, maybe
-        return index
-    if cls in _SOURCES:
-        index = seen.get(source._hash)
-        if index is None:
-            index = seen[source._hash] = len(seen)
-            tokens += _SOURCE, index, source._alias, cls, source._path if cls is Table else None
-        return index
-    if isinstance(source, ModelBase):
-        index = seen.get(source)
-        if index is None:
-            table = source._meta.table
-            index = seen.get(table._hash)
-            if index is None:
-                index = seen[table._hash] = len(seen)
-                tokens += _SOURCE, index, table._alias, source, table._path
-            seen[source] = index
-        return index
-    raise _UnknownError
-
-
 def _walk_field(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     if node.model not in seen:
         _number(node.model, tokens, seen)
@@ -295,19 +279,17 @@ def _walk_field(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any,
 
 
 def _walk_source(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    """A table, an alias, or a CTE where it's used: by its name."""
-    index = _number(node, tokens, seen)
-    tokens += type(node), index
+    tokens.append(_number(node, tokens, seen))
 
 
 def _walk_column(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    index = _number(node.source, tokens, seen)
-    tokens += Column, index, node.name, _function(node._converter)
+    number = _number(node.source, tokens, seen)
+    tokens += peewee.Column, number, _token(node.name), _token(node._converter)
 
 
 def _walk_expression(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     op, lhs, rhs = node.op, node.lhs, node.rhs
-    tokens += type(node), op, node.flat, _function(node._converter)
+    tokens += type(node), _token(op), not node.flat, _token(node._converter)
     _WALKS.get(type(lhs), _walk_other)(lhs, tokens, values, seen)
     if rhs is None and op in _NULL_TESTS:
         tokens.append(None)  # `IS NULL`: no parameter
@@ -318,141 +300,33 @@ def _walk_expression(node: Any, tokens: list[Any], values: list[Any], seen: dict
 
 
 def _walk_value_node(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    if node._converter is not None:
-        tokens += Value, _function(node._converter)
+    # The converter of a list is that of its items. False and 0 mean: none, whatever the context.
+    tokens += Value, node.multi, _token(node.converter or node.converter is None)
+    tokens.append(_token(node._converter))
     if node.multi:
         _walk_list(node.values, tokens, values, seen)
-        return
-    value, converter = node.value, node.converter
-    if isinstance(value, _SQL_MAKERS):
+    elif isinstance(node.value, _SQL_MAKERS):
         raise _UnknownError
-    if converter is None:
-        tokens.append(_VALUE)
-    elif converter:
-        tokens += _CONVERTED, _function(converter)
     else:
-        tokens.append(_AS_IS)
-    values.append(value)
+        values.append(node.value)
 
 
 def _walk_sql(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     params = node.params or ()
-    tokens += SQL, node.sql, len(params), _function(node._converter)
+    tokens += peewee.SQL, _token(node.sql), len(params), _token(node._converter)
     for value in params:
         if type(value) in (Parameter, _NamedTag):
-            _walk(value, tokens, values, seen)
+            _walk_parameter(value, tokens, values, seen)
         elif isinstance(value, _SQL_MAKERS):
             raise _UnknownError
         else:
             _walk_value(value, tokens, values, seen)
 
 
-def _walk_entity(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    tokens += Entity, tuple(node._path), _function(node._converter)
-
-
-def _walk_function(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    order_by, condition = node._order_by, node._filter
-    tokens += Function, node.name, node._coerce, len(node.arguments)
-    tokens += _function(node._python_value), _function(node._converter)
-    for child in node.arguments:
-        _WALKS.get(type(child), _walk_other)(child, tokens, values, seen)
-    if order_by:
-        _walk_list(order_by, tokens, values, seen)
-    if condition is not None:
-        tokens.append("FILTER")
-        _walk(condition, tokens, values, seen)
-    tokens.append(_END)
-
-
-def _walk_select(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    cls = type(node)
-    index = _number(node, tokens, seen)
-    if cls is not Select:
-        model = _number(node.model, tokens, seen)
-        tokens += cls, index, node._lateral, model, node._is_default
-    else:
-        tokens += cls, index, node._lateral
-    if node._cte_list:
-        _walk_with(node, tokens, values, seen)
-    if node._distinct is not None:
-        tokens.append("DISTINCT ON")
-        _walk_list(node._distinct, tokens, values, seen)
-    elif node._simple_distinct:
-        tokens.append("DISTINCT")
-    _walk_list(node._returning, tokens, values, seen)
-    _walk_list(node._from_list, tokens, values, seen)
-    if node._where is not None:
-        tokens.append("WHERE")
-        _walk(node._where, tokens, values, seen)
-    if node._group_by:
-        tokens.append("GROUP BY")
-        _walk_list(node._group_by, tokens, values, seen)
-    if node._having is not None:
-        tokens.append("HAVING")
-        _walk(node._having, tokens, values, seen)
-    if node._windows is not None:
-        tokens.append("WINDOW")
-        _walk_list(node._windows, tokens, values, seen)
-    if node._for_update is not None:
-        tokens.append("FOR UPDATE")
-        _walk(node._for_update, tokens, values, seen)
-    _walk_tail(node, tokens, values, seen)
-
-
-def _walk_compound(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    index = _number(node, tokens, seen)
-    tokens += type(node), index, node.op
-    if node._cte_list:
-        _walk_with(node, tokens, values, seen)
-    _walk(node.lhs, tokens, values, seen)
-    _walk(node.rhs, tokens, values, seen)
-    _walk_tail(node, tokens, values, seen)
-
-
-def _walk_tail(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    if node._order_by:
-        tokens.append("ORDER BY")
-        _walk_list(node._order_by, tokens, values, seen)
-    if node._limit is not None:
-        tokens.append("LIMIT")
-        _walk(node._limit, tokens, values, seen)
-    if node._offset is not None:
-        tokens.append("OFFSET")
-        _walk(node._offset, tokens, values, seen)
-    tokens.append(_END)
-
-
-def _walk_with(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    tokens += _WITH, len(node._cte_list)
-    for cte in node._cte_list:
-        if type(cte) is not CTE:
-            raise _UnknownError
-        index = _number(cte, tokens, seen)
-        kept = cte._materialized  # None, True or False; 0 isn't False here
-        tokens += index, bool(cte._recursive), bool(kept), kept is False
-        _walk_list(cte._columns or (), tokens, values, seen)
-        _walk(cte._query, tokens, values, seen)
-
-
-def _walk_values_list(
-    node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]
-) -> None:
-    index = _number(node, tokens, seen)
-    tokens += ValuesList, index, tuple(node._columns or ())
-    _walk_list(node._values, tokens, values, seen)
-
-
 def _walk_window(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     if node._extends is not None:
         raise _UnknownError
-    _walk_simple(node, tokens, values, seen)
-
-
-def _walk_window_alias(
-    node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]
-) -> None:
-    tokens += WindowAlias, node.window._alias
+    _walk_node(node, tokens, values, seen)
 
 
 def _walk_parameter(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
@@ -462,61 +336,62 @@ def _walk_parameter(node: Any, tokens: list[Any], values: list[Any], seen: dict[
     values.append(node)
 
 
-def _walk_simple(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
-    """By the tables: a node with a fixed set of attributes and children."""
+def _walk_instance(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    tokens += Model, node.model if type(node) is _InstanceTag else type(node)
+    values.append(node)
+
+
+def _walk_other(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    """What is known by a base class: fields, aliased fields, models, their instances, values."""
     cls = type(node)
-    tokens += cls, _function(getattr(node, "_converter", None))
-    for name in _ATTRIBUTES[cls]:
-        tokens.append(getattr(node, name))
-    for name in _CHILDREN[cls]:
-        child = getattr(node, name)
-        if child is None:
-            tokens.append(None)
-        else:
-            _walk(child, tokens, values, seen)
+    if isinstance(node, FieldAlias):  # each has a class of its own
+        if cls.__sql__ is not FieldAlias.__sql__:
+            raise _UnknownError
+        number = _number(node.source, tokens, seen)
+        tokens += FieldAlias, number, MethodType(_is, node.field), not node._coerce
+    elif isinstance(node, Field):
+        if cls.__sql__ is not Field.__sql__ or cls.column is not Field.column:
+            raise _UnknownError
+        _WALKS[cls] = _walk_field
+        _walk_field(node, tokens, values, seen)
+    elif isinstance(node, Model):
+        meta = node._meta
+        if cls.__sql__ is not Model.__sql__ or meta.composite_key or meta.primary_key is False:
+            raise _UnknownError
+        _walk_instance(node, tokens, values, seen)
+    elif isinstance(node, ModelBase):
+        _walk_source(node, tokens, values, seen)
+    elif isinstance(node, Node | peewee.Context | GeneratorType):
+        raise _UnknownError
+    elif isinstance(node, peewee.multi_types):
+        _walk_list(node, tokens, values, seen)
+    else:
+        _walk_value(node, tokens, values, seen)
 
 
-_NULL_TESTS = (peewee.OP.IS, peewee.OP.IS_NOT)
-_LIST_TESTS = (peewee.OP.IN, peewee.OP.NOT_IN)
-_SELECTS = (Select, ModelSelect, ManyToManyQuery)
-_COMPOUNDS = (CompoundSelectQuery, ModelCompoundSelectQuery)
-_SOURCES = frozenset((Table, CTE, ValuesList, *_SELECTS, *_COMPOUNDS))
-
-#: What the SQL of the simpler nodes depends on, besides their children.
-_ATTRIBUTES: dict[Any, tuple[str, ...]] = {
-    Alias: ("_alias", "_coerce"),
-    BitwiseNegated: ("_coerce",),
-    Case: (),
-    Cast: ("_cast", "_coerce"),
-    ForUpdate: ("_expr", "_nowait", "_skip_locked"),
-    Join: ("join_type",),
-    Negated: ("_coerce",),
-    NodeList: ("glue", "parens"),
-    Ordering: ("direction", "collation", "nulls", "_coerce"),
-    Window: ("_alias", "_inline", "frame_type"),
-}
-
-#: The attributes that hold other nodes, or lists of them, or values.
-_CHILDREN: dict[Any, tuple[str, ...]] = {
-    **dict.fromkeys((Alias, BitwiseNegated, Cast, Negated, Ordering), ("node",)),
-    **dict.fromkeys((Expression, StringExpression), ("lhs", "rhs")),
-    **dict.fromkeys(
-        _SELECTS,
-        (
-            *("_cte_list", "_distinct", "_returning", "_from_list", "_where", "_group_by"),
-            *("_having", "_windows", "_for_update", "_order_by", "_limit", "_offset"),
-        ),
-    ),
-    **dict.fromkeys(_COMPOUNDS, ("_cte_list", "lhs", "rhs", "_order_by", "_limit", "_offset")),
-    CTE: ("_columns", "_query"),
-    Case: ("predicate", "expression_tuples", "default"),
-    ForUpdate: ("_of",),
-    Function: ("arguments", "_order_by", "_filter"),
-    Join: ("lhs", "rhs", "_on"),
-    NodeList: ("nodes",),
-    ValuesList: ("_values",),
-    Window: ("partition_by", "order_by", "start", "end", "_exclude"),
-}
+def _number(source: Any, tokens: list[Any], seen: dict[Any, Any]) -> int:
+    """The number of a source. If it's new, what there is to know of it comes before the node."""
+    cls = type(source)
+    if cls in _SOURCES:
+        number = seen.get(source._hash)
+        if number is None:
+            number = seen[source._hash] = len(seen)
+            path = source._path if cls is peewee.Table else None
+            tokens += _SOURCE, number, cls, _token(source._alias), path
+        return number
+    if cls is not ModelAlias and not isinstance(source, ModelBase):
+        raise _UnknownError
+    number = seen.get(source)
+    if number is None and cls is ModelAlias:
+        meta = source.model._meta
+        number = seen[source] = len(seen)
+        tokens += _SOURCE, number, source.model, _token(source.alias), meta.table._path
+        tokens += meta.schema, meta.table_name  # renamed since the table was made, maybe
+    elif number is None:
+        table = source._meta.table
+        number = seen[source] = seen.setdefault(table._hash, len(seen))
+        tokens += _SOURCE, number, source, _token(table._alias), table._path
+    return number
 
 
 class _Tag:
@@ -552,31 +427,20 @@ class _InstanceTag(Node):
         return ctx.tag(self, convert)
 
 
-def _walk_instance_tag(
-    node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]
-) -> None:
-    tokens += _INSTANCE, node.model
-    values.append(node)
-
-
-_WALKS: dict[Any, _Walk] = {
+_TAGS = frozenset((_Tag, _NamedTag, _InstanceTag))
+_WALKS: dict[Any, Callable[[Any, list[Any], list[Any], dict[Any, Any]], None]] = {
     **dict.fromkeys((bool, bytes, float, int, str, type(None), _Tag), _walk_value),
     **dict.fromkeys((list, tuple), _walk_list),
-    **dict.fromkeys(_ATTRIBUTES, _walk_simple),
-    **dict.fromkeys((CTE, ModelAlias, Table), _walk_source),
-    **dict.fromkeys((Expression, StringExpression), _walk_expression),
-    **dict.fromkeys(_SELECTS, _walk_select),
-    **dict.fromkeys(_COMPOUNDS, _walk_compound),
+    **dict.fromkeys(_ATTRIBUTES, _walk_node),
+    **dict.fromkeys((CTE, ModelAlias, peewee.Table), _walk_source),
+    **dict.fromkeys(_EXPRESSIONS, _walk_expression),
+    **dict.fromkeys(_QUERIES, _walk_query),
     **dict.fromkeys((Parameter, _NamedTag), _walk_parameter),
-    Column: _walk_column,
-    Entity: _walk_entity,
-    Function: _walk_function,
-    SQL: _walk_sql,
+    peewee.Column: _walk_column,
+    peewee.SQL: _walk_sql,
+    peewee.Window: _walk_window,
     Value: _walk_value_node,
-    ValuesList: _walk_values_list,
-    Window: _walk_window,
-    WindowAlias: _walk_window_alias,
-    _InstanceTag: _walk_instance_tag,
+    _InstanceTag: _walk_instance,
 }
 _PLAIN = frozenset(cls for cls, walk in _WALKS.items() if walk is _walk_value)
 
@@ -591,20 +455,19 @@ def shape_of(query: Any, *, parameters: bool = False) -> Shape | None:
         parameters: whether the query may contain `param(…)`. If it does, its template is its own,
             by no means to be found by the key: the other values remain those of the query.
     """
-    walk = _WALKS.get(type(query))
-    if walk not in (_walk_select, _walk_compound) or getattr(query, "_load_tree", None):
+    if type(query) not in _QUERIES or getattr(query, "_load_tree", None):
         return None
-    tokens: list[Any] = [query._row_type, _function(query._constructor)]
+    tokens: list[Any] = [query._row_type, _token(query._constructor)]
     values: list[Any] = []
     seen: dict[Any, Any] = {_PARAMETERS: parameters}
     try:
-        walk(query, tokens, values, seen)
+        _walk_query(query, tokens, values, seen)
         for source, joins in (getattr(query, "_joins", None) or {}).items():
             # Not in the SQL: under which names the rows of joined tables are attached.
             tokens += _number(source, tokens, seen), len(joins)
             for dest, attribute, constructor, _ in joins:
                 alias = type(constructor) is ModelAlias
-                made = _number(constructor, tokens, seen) if alias else _function(constructor)
+                made = _number(constructor, tokens, seen) if alias else _token(constructor)
                 tokens += _number(dest, tokens, seen), attribute, made
     except _UnknownError:
         return None
@@ -625,14 +488,14 @@ class _Slot(NamedTuple):
     convert: Callable[[Any], Any] | None
 
 
-class _Recorder(Context):
+class _Recorder(peewee.Context):
     """Makes the SQL as Peewee does, and collects which tag goes where."""
 
     def as_new(self) -> Any:
         return _Recorder(**self.state.settings)
 
     def value(self, value: Any, converter: Any = None, add_param: bool = True) -> Any:
-        if type(value) not in (_Tag, _NamedTag, Parameter):
+        if type(value) not in _TAGS and type(value) is not Parameter:
             return super().value(value, converter, add_param)
         if not converter:
             converter = self.state.converter if converter is None else None
@@ -646,32 +509,37 @@ class _Recorder(Context):
 def _tagged(node: Any) -> Any:
     """A copy with tags for values; what holds no values is not copied."""
     cls = type(node)
-    children = _CHILDREN.get(cls)
-    if children is not None or cls in (SQL, Value):
-        copy = object.__new__(cls)
-        attributes = copy.__dict__
-        attributes.update(node.__dict__)  # `_hash` included: as a source it remains the same
-        if cls is SQL:
-            attributes["params"] = [_tagged_value(value) for value in node.params or ()]
-        elif cls is Value:
-            if node.multi:
-                attributes["values"] = _tagged(node.values)
-            else:
-                attributes["value"] = _Tag()
-        else:
-            compared = children == ("lhs", "rhs") and node.op not in _NULL_TESTS
-            for name in children or ():
-                if attributes[name] is not None or compared:
-                    attributes[name] = _tagged(attributes[name])
-        return copy
-    if isinstance(node, multi_types):
-        children = tuple(_tagged(child) for child in node)
-        return children if cls is tuple else list(children)
+    if cls in (peewee.SQL, Value) or (cls in _CHILDREN and cls is not CTE):
+        return _tagged_copy(node, cls)
+    if isinstance(node, peewee.multi_types):
+        items = [_tagged(child) for child in node]
+        return tuple(items) if cls is tuple else items
     if isinstance(node, Model):
         return _InstanceTag(cls)
     if isinstance(node, _SQL_MAKERS) and cls is not Parameter:
         return node
     return _tagged_value(node)
+
+
+def _tagged_copy(node: Any, cls: Any) -> Any:
+    copy = object.__new__(cls)
+    attributes = copy.__dict__
+    attributes.update(node.__dict__)  # `_hash` included: as a source it remains the same
+    if cls is peewee.SQL:
+        attributes["params"] = [_tagged_value(value) for value in node.params or ()]
+    elif cls is Value and not node.multi:
+        attributes["value"] = _Tag()
+    elif cls is Value:
+        attributes["values"] = _tagged(node.values)
+    else:
+        if cls in _QUERIES and node._cte_list:
+            attributes["_cte_list"] = [_tagged_copy(cte, CTE) for cte in node._cte_list]
+        for name in _CHILDREN[cls]:
+            if attributes[name] is not None or cls in _EXPRESSIONS:
+                attributes[name] = _tagged(attributes[name])  # None in `x < None` is a value
+        if cls in _EXPRESSIONS and node.rhs is None and node.op in _NULL_TESTS:
+            attributes["rhs"] = None  # in `x IS NULL` it's not
+    return copy
 
 
 def _tagged_value(value: Any) -> Any:
@@ -709,7 +577,7 @@ def _changed(query: Any, original: Any, tagged: Any) -> Any:
         raise _UnknownError
     result = object.__new__(cls)
     result.__dict__.update(query.__dict__)
-    for name in _CHILDREN[cls]:
+    for name in (*_CHILDREN[cls], "_cte_list"):
         ours, theirs = getattr(query, name), getattr(original, name)
         tags: Any = getattr(tagged, name)
         if name == "_returning":
@@ -731,7 +599,7 @@ def _selection(ours: Sequence[Any], theirs: Sequence[Any], tags: Sequence[Any]) 
     known: dict[int, Any] = {}
     for item, tag in zip(theirs, tags, strict=True):
         pairs = [(item, tag)]
-        if type(item) is Alias:
+        if type(item) is peewee.Alias:
             pairs.append((item.node, tag.node))
         for node, copy in pairs:
             # Twice the same object: the next query may have two, so whose values are they?
@@ -739,7 +607,7 @@ def _selection(ours: Sequence[Any], theirs: Sequence[Any], tags: Sequence[Any]) 
     selection = []
     for item in ours:
         copy = known.get(id(item))
-        if copy is None and type(item) is Alias:
+        if copy is None and type(item) is peewee.Alias:
             inner = known.get(id(item.node))
             copy = None if inner is None else item.clone()
             if copy is not None:
@@ -770,15 +638,15 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
             items of the select list (or in what these are aliases of), or in a whole clause.
         database: the template is for this one, and others that are set up in the same way.
     """
-    if database.context_class is not Context:
+    if database.context_class is not peewee.Context:
         return None
     tagged = _tagged(shape.query)
     again = shape_of(tagged, parameters=True)
     if again is None or again.key != shape.key:
         return None
     index_of = {tag: index for index, tag in enumerate(again.values)}
-    if len(index_of) != len(shape.values):
-        return None
+    if len(index_of) != len(shape.values) or not _TAGS.issuperset(map(type, again.values)):
+        return None  # a value was overlooked
     try:
         if query is not shape.query:
             tagged = _changed(query, shape.query, tagged)
