@@ -109,15 +109,88 @@ def check(query: Any, tree: Tree) -> None:
         base = base.lhs
     relations = {relation.key: relation for relation in tree.relations}
     leaves = {leaf.key for leaf in tree.leaves if leaf.field is not None}
-    for joins in getattr(base, "_joins", {}).values():
+    for source, joins in getattr(base, "_joins", {}).items():
         for dest, attr, *_ in joins:
             if attr in leaves or (
                 attr in relations and relations[attr].tree.model is not _model(dest)
             ):
                 raise Unplannable(f"a join stores another row as {attr!r}")
+            if _selects(base, dest) and not _follows(base, source, dest, attr):
+                raise Unplannable(f"a join says which row is stored as {attr!r}")
     for node in base._returning:
         if isinstance(node, Alias) and (node.name in relations or node.name in leaves):
             raise Unplannable(f"it selects something else by the name {node.name!r}")
+
+
+def check_relations(tree: Tree) -> None:
+    """Note in the trees which relations' queries can't be wrapped."""
+    for each in [] if tree.checked else tree.all():
+        for relation in each.relations:
+            query = relation.children()
+            try:
+                check(query, relation.tree)
+                Narrowed(query, relation.tree)
+            except Unplannable as error:
+                each.instances.append(f"{relation.name}: {error}")
+    tree.checked = True
+
+
+def completed(query: Any, tree: Tree) -> Any:
+    """The query with those columns of the tree that it leaves out, if it selects columns only."""
+    if not _prunable(query) or query._row_type not in (None, peewee.ROW.MODEL):
+        return query
+    selected = list(query._returning)
+    if not all(isinstance(node, peewee.Field | FieldAlias) for node in selected):
+        return query
+    fields = (part.link if isinstance(part, Relation) else part.field for part in tree.fields)
+    wanted = [getattr(query.model, field.name) for field in fields if field is not None]
+    missing = [node for node in wanted if not _among(node, selected)]
+    return query.select_extend(*missing) if missing else query
+
+
+def _selects(query: Any, source: Any) -> bool:
+    """Whether rows of this source, or of one joined to it, become parts of the instances."""
+    for node in query._returning:
+        node = node.unwrap() if isinstance(node, peewee.Node) else node
+        if isinstance(node, FieldAlias):
+            found = node.source
+        elif isinstance(node, peewee.Field):
+            found = node.model
+        else:
+            found = getattr(node, "source", None)
+        if found is source:
+            return True
+    return any(_selects(query, dest) for dest, *_ in query._joins.get(source, ()))
+
+
+def _follows(query: Any, source: Any, dest: Any, attr: str) -> bool:
+    """Whether the join is by the foreign key `attr` and nothing else, or by none of `source`'s."""
+    field = _model(source)._meta.fields.get(attr) if _is_model(source) else None
+    if not isinstance(field, peewee.ForeignKeyField):
+        return True
+    joins = [*query._from_list]
+    while joins:
+        join = joins.pop()
+        if isinstance(join, peewee.Join):
+            joins += [join.lhs, join.rhs]
+            if join.rhs is dest:
+                on = join._on
+                key, target = getattr(source, attr), getattr(dest, field.rel_field.name)
+                return (
+                    isinstance(on, peewee.Expression)
+                    and on.op == peewee.OP.EQ
+                    and any(
+                        _same(on.lhs, one) and _same(on.rhs, other)
+                        for one, other in ((key, target), (target, key))
+                    )
+                )
+    return False
+
+
+def _is_model(source: Any) -> bool:
+    return isinstance(source, ModelAlias) or (
+        isinstance(source, type) and issubclass(source, peewee.Model)
+    )
 
 
 def _prunable(query: Any) -> bool:

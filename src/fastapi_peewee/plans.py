@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from peewee import SQL, BaseModelSelect
 
-from .columns import Narrowed, Unplannable, base_model, check
+from .columns import Narrowed, Unplannable, base_model, check, check_relations, completed
 from .json_sql import NoJson, writer
 from .reading import complete, count_relations, dictionaries, one_snapshot
 from .shapes import Shape, Template, compile_template
@@ -153,16 +153,23 @@ class InstancePlan(Plan):
         return sql, params
 
     def load(self, db: Any) -> Any:
-        query = self._query.clone()
+        query = self._complete().clone()
         query._cursor_wrapper = None
         found = complete(db, list(query.execute(db)), self.response)
         if self.response.many or self.response.schema is None:
             return found
         return found[0] if found else None
 
+    def _complete(self) -> Any:
+        """The query with every column that the response needs."""
+        query = self._query
+        if self.response.schema is None or not isinstance(query, BaseModelSelect):
+            return query
+        return completed(query, self.response.tree(base_model(query)))
+
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
         with one_snapshot(db, 2):
-            for rows in _chunks(self._query, db, size):
+            for rows in _chunks(self._complete(), db, size):
                 yield self.response.dump(complete(db, rows, self.response))
 
 
@@ -194,6 +201,7 @@ def plan(
         if query._load_tree:
             raise Unplannable("the query says how its relations are loaded, with_related()")
         tree = response.tree(base_model(query))
+        check_relations(tree)
         for each in tree.all():
             if each.instances:
                 raise Unplannable(each.instances[0])

@@ -13,7 +13,7 @@ from typing import Any
 import peewee
 from peewee import Model
 
-from .columns import Narrowed
+from .columns import Narrowed, completed
 from .trees import Relation, Response, Tree
 
 #: How many keys one statement asks for at most; SQLite takes 32,766 parameters.
@@ -120,7 +120,7 @@ def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
 def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
     name, key = relation.fk.name, relation.fk.rel_field.name
     found: dict[Any, Any] = {}
-    missing = [each for each in instances if name not in each.__rel__]
+    missing = [each for each in instances if _is_missing(each, relation)]
     for chunk in _chunks(each.__data__.get(name) for each in missing):
         query = relation.tree.model.select().where(relation.fk.rel_field << chunk)
         found.update((each.__data__[key], each) for each in query.execute(db))
@@ -134,26 +134,38 @@ def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
         each.__rel__[name] = row
 
 
+def _is_missing(instance: Any, relation: Relation) -> bool:
+    """Whether the row isn't there, or lacks columns: those that a join didn't select."""
+    name = relation.fk.name
+    if name not in instance.__rel__:
+        return True
+    row = instance.__rel__[name]
+    fields = [leaf.field for leaf in relation.tree.leaves if leaf.field is not None]
+    fields += [below.link for below in relation.tree.relations]
+    return row is not None and not all(field.name in row.__data__ for field in fields)
+
+
 def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
     link = relation.link.name
-    given = {id(each): each.__dict__.get(relation.key) for each in instances}
+    given: dict[int, Any] = {id(each): each.__dict__.get(relation.key) for each in instances}
     missing = [each for each in instances if not isinstance(given[id(each)], list)]
     found: dict[Any, list[Any]] = {}
     for chunk in _chunks(each.__data__.get(link) for each in missing):
         query = relation.children()
         target = relation.target(query)
-        query = _unlimited(query).where(target << chunk)
+        query = completed(_unlimited(query).where(target << chunk), relation.tree)
         query = query.select_extend(target.alias("fastapi_peewee_key"))
         if relation.through is not None:  # else the key would become the link's attribute
             query = query.objects()
         for row in query.execute(db):
             found.setdefault(row.fastapi_peewee_key, []).append(row)
     found = _limited(relation, found)
+    for each in missing:
+        given[id(each)] = found.get(each.__data__.get(link), [])
+    every = [row for each in instances for row in given[id(each)]]
+    rest = iter(_with_relations(db, relation.tree, every))
     for each in instances:
-        rows = given[id(each)]
-        if not isinstance(rows, list):
-            rows = found.get(each.__data__.get(link), [])
-        rows = _with_relations(db, relation.tree, rows)
+        rows = [next(rest) for _ in given[id(each)]]
         if relation.through is None:
             each.__dict__[relation.key] = rows
         else:

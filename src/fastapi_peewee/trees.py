@@ -29,6 +29,9 @@ _HARMLESS_CONFIG = {
     "validation_error_cause",
 }
 
+#: What Pydantic puts around a schema that has validators or serialisers.
+_AROUND = {"default", "function-after", "function-before", "function-wrap", "nullable"}
+
 
 @dataclass(slots=True)
 class Leaf:
@@ -116,7 +119,9 @@ class Tree:
         model: Peewee's class.
         schema: Pydantic's class.
         fields: in the schema's order.
-        reasons: why the database can't build the JSON, or a dictionary can't stand for the row.
+        reasons: why the database can't build the JSON.
+        instances: why a dictionary can't stand for the row.
+        checked: the queries of the relations have been looked at.
     """
 
     model: Any
@@ -124,6 +129,7 @@ class Tree:
     fields: list[Leaf | Relation] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     instances: list[str] = field(default_factory=list)
+    checked: bool = False
 
     @property
     def leaves(self) -> Iterator[Leaf]:
@@ -159,10 +165,11 @@ class Response:
         self.type = type_
         self.adapter: TypeAdapter[Any] = TypeAdapter(type_)
         self._definitions: dict[str, Any] = {}
-        core, self.nullable = self._resolve(self.adapter.core_schema)
+        core, self.nullable, self._odd = self._unwrap(self.adapter.core_schema)
         self.many = core["type"] == "list" and not set(core) - {"type", "items_schema", "metadata"}
         if self.many:
-            core, optional_items = self._resolve(core["items_schema"])
+            core, optional_items, odd = self._unwrap(core["items_schema"])
+            self._odd |= odd
             if optional_items:
                 core = {"type": "nullable"}
         self.schema = core if core["type"] == "model" and not core.get("root_model") else None
@@ -173,6 +180,8 @@ class Response:
         tree = self._trees.get(model)
         if tree is None:
             tree = self._trees[model] = self._tree(self.schema, model, ())
+            if self._odd:
+                tree.instances.append("the response has a validator or a serialiser around it")
         return tree
 
     @functools.cached_property
@@ -212,12 +221,22 @@ class Response:
                 core = core["schema"]
             elif kind == "definition-ref":
                 core = self._definitions[core["schema_ref"]]
-            elif kind == "nullable":
+            elif kind == "nullable" and "serialization" not in core:
                 nullable, core = True, core["schema"]
             elif kind == "default" and "serialization" not in core:
                 core = core["schema"]
             else:
                 return core, nullable
+
+    def _unwrap(self, core: Any) -> tuple[Any, bool, bool]:
+        """As `_resolve`, and look through validators and serialisers; the last says if any."""
+        core, nullable = self._resolve(core)
+        odd = False
+        while core["type"] in _AROUND:
+            odd = True
+            core, optional = self._resolve(core["schema"])
+            nullable |= optional
+        return core, nullable, odd or "serialization" in core
 
     def _tree(self, core: Any, model: Any, above: tuple[Any, ...]) -> Tree:
         schema = core["cls"]
@@ -249,12 +268,14 @@ class Response:
         by_alias = config.get("validate_by_alias", True)
         by_name = config.get("validate_by_name", config.get("populate_by_name", False))
         for name, part in fields["fields"].items():
-            keys = [part["validation_alias"]] if by_alias and "validation_alias" in part else []
-            if by_name or not keys:
-                keys.append(name)
-            if not all(isinstance(key, str) for key in keys):
-                tree.instances.append(f"{name} is read by a path or by several aliases")
-                continue
+            paths = (
+                _paths(part["validation_alias"]) if by_alias and "validation_alias" in part else []
+            )
+            if by_name or not paths:
+                paths.append([name])
+            if any(len(path) > 1 for path in paths):
+                tree.instances.append(f"{name} is read by a path")
+            keys = [path[0] for path in paths]
             if "serialization_exclude_if" in part:
                 tree.reasons.append(f"{name} is excluded now and then")
             self._add(tree, name, keys, part, (*above, schema))
@@ -281,15 +302,18 @@ class Response:
             tree.fields.append(Leaf(name, alias, key, found, core, excluded))
             return
         metadata = tree.schema.model_fields[name].metadata
-        query = next((each for each in metadata if isinstance(each, peewee.BaseModelSelect)), None)
         many = not isinstance(found, peewee.ForeignKeyField)
+        queries = (each for each in metadata if many and isinstance(each, peewee.BaseModelSelect))
+        query = next(queries, None)
+        core, nullable, odd = self._unwrap(part["schema"])
         if many:
             if core["type"] != "list" or nullable:
                 tree.instances.append(f"{key} is a list of rows, but {name} isn't a plain list")
                 return
             if set(core) - {"type", "items_schema", "metadata"}:
                 tree.reasons.append(f"{name} is limited in length or strict")
-            core, optional_items = self._resolve(core["items_schema"])
+            core, optional_items, odd_items = self._unwrap(core["items_schema"])
+            odd |= odd_items
             if optional_items:
                 tree.instances.append(f"{name} is a list whose items may be None")
                 return
@@ -307,9 +331,18 @@ class Response:
             tree.instances.append(f"{name} is of a type that contains itself, to no stated depth")
             return
         below = self._tree(core, other, above)
+        if odd:
+            below.instances.append(f"{name} has a validator or a serialiser around it")
         tree.fields.append(
             Relation(name, alias, key, below, many, fk, through, query, nullable, excluded)
         )
+
+
+def _paths(alias: Any) -> list[list[Any]]:
+    """What an alias of Pydantic's core schema looks at, in order; each begins with a name."""
+    if isinstance(alias, str):
+        return [[alias]]
+    return [alias] if isinstance(alias[0], str) else list(alias)
 
 
 def _attribute(model: Any, key: str) -> Any:
