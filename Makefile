@@ -24,7 +24,7 @@ UV_INSTALL := $(VENV)/bin/uv pip install --quiet --compile-bytecode --python
 CODE := src sql_app tests $(wildcard experiment examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format experiment coverage test-pythons test-lowest lock clean
+.PHONY: help install run test check format experiment bench coverage test-pythons test-lowest lock clean
 
 help: ## say what there is (this text)
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,11 @@ format: $(VENV)/.installed ## format the code and mend what the linter can mend
 
 experiment: $(VENV)/.installed ## show what goes wrong without this library, and what doesn't with it
 	$(IN_VENV) -m experiment
+
+bench: $(VENV)/.installed ## measure sql_app against the same API built in other ways (ARGS="--quick", --help)
+	@$(MAKE) --no-print-directory install VENV=.venv-bench LOCK=requirements/bench.txt \
+		INSTALL="$(UV_INSTALL) .venv-bench"
+	$(IN_VENV) -m benchmarks $(ARGS)
 
 coverage: ## run the whole test suite and say which lines and branches it never reaches
 	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term-missing $(ARGS)"

@@ -15,8 +15,8 @@ from .serving import (
     Server,
     ServerDatabase,
     SqliteFile,
-    empty_database,
     serve,
+    temporary_database,
 )
 
 _SETTLE_TIMEOUT = 3.0
@@ -83,7 +83,7 @@ def run_batch(
         side: "unprotected" or "protected".
         count: how many calls.
         step: seconds by which each call's sleep is shorter than the one before.
-        server_url: see `empty_database`.
+        server_url: see `temporary_database`.
         port: the server's; 0 for a free one.
         on_start: called when the server is ready.
         on_answer: called with each call when it is answered.
@@ -91,8 +91,9 @@ def run_batch(
     Raises:
         ExperimentError: the server did not start, or could not create the user.
     """
-    with empty_database(server_url) as database:
-        with serve(APPLICATIONS[side], database.url, step, port) as server:
+    with temporary_database(server_url) as database:
+        settings = {"DATABASE_URL": database.url, "SLOWUSERS_STEP": str(step)}
+        with serve(APPLICATIONS[side], settings, port=port) as server:
             create_user(server)
             on_start()
             calls = asyncio.run(

@@ -9,12 +9,13 @@ import itertools
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,13 +55,13 @@ class SqliteFile:
     """A database file that nobody but the server opens."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.url = f"sqlite:///{path}"
 
     def count_connections(self, pid: int) -> int:
         """How often process ``pid`` has the file open: once for each connection."""
         files = psutil.Process(pid).open_files()
-        return sum(Path(file.path) == self._path for file in files)
+        return sum(Path(file.path) == self.path for file in files)
 
 
 class ServerDatabase:
@@ -69,31 +70,37 @@ class ServerDatabase:
     def __init__(self, server_url: str) -> None:
         parts = urlsplit(server_url)
         self._kind = "mysql" if parts.scheme == "mysql" else "postgresql"
-        self._name = f"experiment_{secrets.token_hex(4)}"
+        self.name = f"experiment_{secrets.token_hex(4)}"
         self._server = connect(server_url)
-        self.url = parts._replace(path=f"/{self._name}").geturl()
+        self.url = parts._replace(path=f"/{self.name}").geturl()
 
-    def create(self) -> None:
-        self._server.execute_sql(f"CREATE DATABASE {self._name}")
+    def create(self, template: str | None = None) -> None:
+        """Make it, empty or (on PostgreSQL) as a copy of another."""
+        copying = f" TEMPLATE {template}" if template else ""
+        self._server.execute_sql(f"CREATE DATABASE {self.name}{copying}")
 
     def count_connections(self, pid: int) -> int:
         """How many connections to it the database server lists."""
-        cursor = self._server.execute_sql(_COUNT_SESSIONS[self._kind], (self._name,))
+        cursor = self._server.execute_sql(_COUNT_SESSIONS[self._kind], (self.name,))
         count: int = cursor.fetchone()[0]
         return count
 
     def drop(self) -> None:
-        self._server.execute_sql(_DROP[self._kind].format(self._name))
+        self._server.execute_sql(_DROP[self._kind].format(self.name))
         self._server.close()
 
 
 @contextmanager
-def empty_database(server_url: str | None) -> Iterator[SqliteFile | ServerDatabase]:
-    """Make an empty database, and remove it afterwards.
+def temporary_database(
+    server_url: str | None, template: SqliteFile | ServerDatabase | None = None
+) -> Iterator[SqliteFile | ServerDatabase]:
+    """Make a database, and remove it afterwards.
 
     Args:
         server_url: a PostgreSQL or MySQL database whose user may create others beside it, which
             is where this one is made; None for a temporary SQLite file.
+        template: what it is a copy of, a SQLite file or a PostgreSQL database that nobody uses
+            meanwhile; without, it is empty.
 
     Raises:
         ExperimentError: the server can't be reached, or the user may not create a database.
@@ -101,11 +108,14 @@ def empty_database(server_url: str | None) -> Iterator[SqliteFile | ServerDataba
     if server_url is None:
         # SQLite may still write its last files while the folder goes away.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield SqliteFile(Path(folder).resolve() / "experiment.db")
+            file = SqliteFile(Path(folder).resolve() / "experiment.db")
+            if isinstance(template, SqliteFile):
+                shutil.copyfile(template.path, file.path)
+            yield file
         return
     try:
         database = ServerDatabase(server_url)
-        database.create()
+        database.create(template.name if isinstance(template, ServerDatabase) else None)
     except peewee.PeeweeException as error:
         raise ExperimentError(f"Could not make a database beside the one given: {error}") from error
     try:
@@ -124,22 +134,32 @@ class Server:
 
 
 @contextmanager
-def serve(application: str, database_url: str, step: float, port: int = 0) -> Iterator[Server]:
+def serve(
+    application: str,
+    settings: Mapping[str, str],
+    *,
+    port: int = 0,
+    python: str = sys.executable,
+    runner: str = "uvicorn",
+    options: Sequence[str] = (),
+) -> Iterator[Server]:
     """Run an application in a process of its own, which is ended in any case.
 
     Args:
         application: as uvicorn is told it, ``package.module:app``.
-        database_url: what it gets as ``DATABASE_URL``.
-        step: what it gets as ``SLOWUSERS_STEP``; seconds.
+        settings: environment variables.
         port: 0 for a free one.
+        python: the interpreter, and with it the virtual environment.
+        runner: the module that takes uvicorn's command line.
+        options: more of uvicorn's options.
 
     Raises:
         ExperimentError: it doesn't start; the message ends with its log's last lines.
     """
-    command = [sys.executable, "-m", "uvicorn", application, "--app-dir", str(_ROOT)]
+    command = [python, "-m", runner, application, "--app-dir", str(_ROOT)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--lifespan", "on"]
-    command += ["--no-access-log", "--no-use-colors", "--timeout-graceful-shutdown", "1"]
-    environment = os.environ | {"DATABASE_URL": database_url, "SLOWUSERS_STEP": str(step)}
+    command += ["--no-access-log", "--no-use-colors", "--timeout-graceful-shutdown", "1", *options]
+    environment = {**os.environ, **settings}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         log = Path(folder, "log")
         with log.open("wb") as output:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from experiment.measuring import create_user, fire
-from experiment.serving import empty_database, serve
+from experiment.serving import serve, temporary_database
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 
@@ -145,7 +145,10 @@ class Tabs:
 
 @contextmanager
 def ten_tabs(browser: webdriver.Chrome, application: str) -> Iterator[Tabs]:
-    with empty_database(None) as database, serve(application, database.url, STEP) as server:
+    with (
+        temporary_database(None) as database,
+        serve(application, {"DATABASE_URL": database.url, "SLOWUSERS_STEP": str(STEP)}) as server,
+    ):
         create_user(server)
         tabs = Tabs(browser, server.url)
         try:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from experiment.measuring import run_batch
-from experiment.serving import ExperimentError, empty_database, errors_in, serve
+from experiment.serving import ExperimentError, errors_in, serve, temporary_database
 
 pytestmark = pytest.mark.slow
 
@@ -70,9 +70,9 @@ def test_a_port_that_is_taken_is_named_as_the_reason(tmp_path: Path) -> None:
 def test_an_application_that_does_not_start_is_reported_with_its_log() -> None:
     """The message of a server that stopped at once holds the last lines it logged."""
     with (
-        empty_database(None) as database,
+        temporary_database(None) as database,
         pytest.raises(ExperimentError, match=r"exit code \d+(.|\n)*Could not import module"),
-        serve("experiment.missing:app", database.url, STEP),
+        serve("experiment.missing:app", {"DATABASE_URL": database.url}),
     ):
         pytest.fail("it started")
 

@@ -1,0 +1,92 @@
+"""Tortoise ORM with its own integration into FastAPI and its own Pydantic models."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import FastAPI
+from tortoise import Tortoise, fields
+from tortoise.contrib.fastapi import RegisterTortoise
+from tortoise.contrib.pydantic import PydanticModel, pydantic_model_creator
+from tortoise.exceptions import DoesNotExist, IntegrityError
+from tortoise.models import Model
+
+from . import contract
+
+
+class User(Model):
+    id = fields.IntField(primary_key=True)
+    email = fields.CharField(255, unique=True)
+    hashed_password = fields.CharField(255)
+    is_active = fields.BooleanField(default=True)
+    items: fields.ReverseRelation["Item"]
+
+    class Meta:
+        table = "user"
+
+    class PydanticMeta:
+        exclude = ("hashed_password",)
+
+
+class Item(Model):
+    id = fields.IntField(primary_key=True)
+    title = fields.CharField(255, db_index=True)
+    description = fields.CharField(255, db_index=True, null=True)
+    owner: fields.ForeignKeyRelation[User] = fields.ForeignKeyField(
+        "models.User", related_name="items"
+    )
+
+    class Meta:
+        table = "item"
+        ordering = ("id",)
+
+    class PydanticMeta:
+        exclude_raw_fields = False
+        exclude = ("owner",)
+
+
+Tortoise.init_models([__name__], "models")
+UserRead: type[PydanticModel] = pydantic_model_creator(User)
+ItemRead: type[PydanticModel] = pydantic_model_creator(Item)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings = contract.PRAGMAS if contract.SQLITE_FILE else {"maxsize": contract.POOL_SIZE}
+    # It takes what follows two slashes for a file's name, and asyncpg where it has the choice.
+    url = f"sqlite://{contract.SQLITE_FILE}" if contract.SQLITE_FILE else contract.DATABASE_URL
+    async with RegisterTortoise(
+        app, db_url=f"{url}?{urlencode(settings)}", modules={"models": [__name__]}
+    ):
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.get("/users/", response_model=list[UserRead])
+async def read_users(skip: contract.Skip = 0, limit: contract.Limit = 100) -> Any:
+    return await UserRead.from_queryset(User.all().order_by("id").offset(skip).limit(limit))
+
+
+@app.get("/users/{user_id}", response_model=UserRead)
+async def read_user(user_id: contract.UserId) -> Any:
+    try:
+        return await UserRead.from_queryset_single(User.get(id=user_id))
+    except DoesNotExist as error:
+        raise contract.user_not_found() from error
+
+
+@app.post("/users/{user_id}/items/", response_model=ItemRead)
+async def create_item_for_user(user_id: contract.UserId, item: contract.ItemCreate) -> Any:
+    try:
+        created = await Item.create(**item.model_dump(), owner_id=user_id)
+    except IntegrityError as error:
+        raise contract.user_not_found() from error
+    return await ItemRead.from_tortoise_orm(created)
+
+
+@app.get("/items/", response_model=list[ItemRead])
+async def read_items(skip: contract.Skip = 0, limit: contract.Limit = 100) -> Any:
+    return await ItemRead.from_queryset(Item.all().order_by("id").offset(skip).limit(limit))
