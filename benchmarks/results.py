@@ -75,6 +75,12 @@ class Report:
     def remarks(self) -> Iterator[str]:
         """What a reader of the numbers has to know, worst first."""
         yield from self.notes
+        other_work = float(self.conditions.get("load average before", 0))
+        if other_work > 0.5:
+            yield (
+                f"The machine had other work to do (a load average of {other_work} before), so the "
+                "numbers are low and uneven. Measure again when it has none."
+            )
         for result in self.results:
             where = f"{result.stack}, {result.workload}, {result.database}"
             if result.difference and result.stack != CONTROL:

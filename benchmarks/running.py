@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _PACKAGES = (
     "piccolo",
 )
 _UVICORN = ("--workers", "1", "--loop", "uvloop", "--http", "httptools")
+_WARMING_REQUESTS = 80
 _COUNTED_REQUESTS = 10
 
 
@@ -150,20 +152,21 @@ def _answers_and_counts(
 
 def _count(client: httpx.Client, counter: Counter, workload: Workload) -> Counts:
     """What one request of a workload sends, when all that is done once has been done."""
-    for _ in ("warming up", "counting"):
-        before = counter.settled()
-        for number in range(_COUNTED_REQUESTS):
-            path = workload.measured.path.replace("{id}", str(number * 97 % USERS + 1))
-            status, body = ask(client, workload.measured._replace(path=path))
-            if status != 200:
-                raise ExperimentError(f"{path} was answered with {status}: {body}")
-        after = counter.settled()
-    return Counts(
-        *(
-            (later - earlier) / _COUNTED_REQUESTS
-            for earlier, later in zip(before, after, strict=True)
-        )
-    )
+
+    def request(number: int) -> None:
+        path = workload.measured.path.replace("{id}", str(number * 97 % USERS + 1))
+        status, body = ask(client, workload.measured._replace(path=path))
+        if status != 200:
+            raise ExperimentError(f"{path} was answered with {status}: {body}")
+
+    with ThreadPoolExecutor(10) as threads:  # all connections are opened
+        list(threads.map(request, range(_WARMING_REQUESTS)))
+    before = counter.settled()
+    for number in range(_COUNTED_REQUESTS):
+        request(number)
+    after = counter.settled()
+    counts = zip(before, after, strict=True)
+    return Counts(*((later - earlier) / _COUNTED_REQUESTS for earlier, later in counts))
 
 
 @contextmanager
@@ -209,6 +212,7 @@ def _conditions(plan: Plan, wrk: str, is_pinned: bool) -> dict[str, str]:
     return {
         "machine": _machine(),
         "load": f"{plan.connections} connections, {plan.rounds} × {plan.seconds} s",
+        "load average before": f"{os.getloadavg()[0]:.1f}",
         "cores": "the server on one, wrk on another" if is_pinned else "not bound to any",
         "wrk": wrk,
         **versions,

@@ -1,12 +1,12 @@
 """Piccolo, as in the application that its command `piccolo asgi new` writes.
 
 Piccolo knows no lists of related rows, so users' items take a second query by hand. On SQLite it
-opens a connection for each query, or for each transaction.
+opens a connection for each query, or for each transaction: so the two are in one.
 """
 
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import asyncpg
@@ -56,11 +56,12 @@ COLUMNS = [User.id, User.email, User.is_active]
 
 
 async def with_items(query: Any) -> list[dict[str, Any]]:
-    users = {user["id"]: {**user, "items": []} for user in await query}
-    if users:
-        items = Item.select().where(Item.owner_id.is_in(list(users))).order_by(Item.id)
-        for item in await items:
-            users[item["owner_id"]]["items"].append(item)
+    async with engine.transaction() if contract.SQLITE_FILE else nullcontext():
+        users = {user["id"]: {**user, "items": []} for user in await query}
+        if users:
+            items = Item.select().where(Item.owner_id.is_in(list(users))).order_by(Item.id)
+            for item in await items:
+                users[item["owner_id"]]["items"].append(item)
     return list(users.values())
 
 

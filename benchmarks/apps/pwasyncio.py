@@ -48,6 +48,12 @@ UserRead: Any = to_pydantic(
 )
 
 
+#: Does what `aprefetch` does, but faster: it names the users instead of selecting them once more.
+WITH_ITEMS = peewee.Load(
+    User.items, Item.select().order_by(Item.id), strategy=peewee.PREFETCH_TYPE.MATERIALIZE
+)
+
+
 async def get_db() -> AsyncIterator[None]:
     async with db:
         yield
@@ -65,15 +71,16 @@ app = FastAPI(lifespan=lifespan)
 @app.get("/users/", response_model=list[UserRead], dependencies=[Depends(get_db)])
 async def read_users(skip: contract.Skip = 0, limit: contract.Limit = 100) -> Any:
     users = User.select().order_by(User.id).offset(skip).limit(limit)
-    return await db.aprefetch(users, Item.select().order_by(Item.id))
+    return await db.list(users.with_related(WITH_ITEMS))
 
 
 @app.get("/users/{user_id}", response_model=UserRead, dependencies=[Depends(get_db)])
 async def read_user(user_id: contract.UserId) -> Any:
     users = User.select().where(User.id == user_id)
-    for user in await db.aprefetch(users, Item.select().order_by(Item.id)):
-        return user
-    raise contract.user_not_found()
+    try:
+        return await db.get(users.with_related(WITH_ITEMS))
+    except User.DoesNotExist as error:
+        raise contract.user_not_found() from error
 
 
 @app.post("/users/{user_id}/items/", response_model=ItemRead, dependencies=[Depends(get_db)])

@@ -1,14 +1,17 @@
-"""Tortoise ORM with its own integration into FastAPI and its own Pydantic models."""
+"""Tortoise ORM with its own integration into FastAPI.
+
+Its `pydantic_model_creator` would do, too; response models written by hand are faster.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import FastAPI
-from tortoise import Tortoise, fields
+from pydantic import BeforeValidator
+from tortoise import fields
 from tortoise.contrib.fastapi import RegisterTortoise
-from tortoise.contrib.pydantic import PydanticModel, pydantic_model_creator
 from tortoise.exceptions import DoesNotExist, IntegrityError
 from tortoise.models import Model
 
@@ -25,9 +28,6 @@ class User(Model):
     class Meta:
         table = "user"
 
-    class PydanticMeta:
-        exclude = ("hashed_password",)
-
 
 class Item(Model):
     id = fields.IntField(primary_key=True)
@@ -41,14 +41,9 @@ class Item(Model):
         table = "item"
         ordering = ("id",)
 
-    class PydanticMeta:
-        exclude_raw_fields = False
-        exclude = ("owner",)
 
-
-Tortoise.init_models([__name__], "models")
-UserRead: type[PydanticModel] = pydantic_model_creator(User)
-ItemRead: type[PydanticModel] = pydantic_model_creator(Item)
+class UserRead(contract.User):
+    items: Annotated[list[contract.Item], BeforeValidator(list)]
 
 
 @asynccontextmanager
@@ -67,26 +62,26 @@ app = FastAPI(lifespan=lifespan)
 
 @app.get("/users/", response_model=list[UserRead])
 async def read_users(skip: contract.Skip = 0, limit: contract.Limit = 100) -> Any:
-    return await UserRead.from_queryset(User.all().order_by("id").offset(skip).limit(limit))
+    users = User.all().order_by("id").offset(skip).limit(limit)
+    return await users.prefetch_related("items")
 
 
 @app.get("/users/{user_id}", response_model=UserRead)
 async def read_user(user_id: contract.UserId) -> Any:
     try:
-        return await UserRead.from_queryset_single(User.get(id=user_id))
+        return await User.get(id=user_id).prefetch_related("items")
     except DoesNotExist as error:
         raise contract.user_not_found() from error
 
 
-@app.post("/users/{user_id}/items/", response_model=ItemRead)
+@app.post("/users/{user_id}/items/", response_model=contract.Item)
 async def create_item_for_user(user_id: contract.UserId, item: contract.ItemCreate) -> Any:
     try:
-        created = await Item.create(**item.model_dump(), owner_id=user_id)
+        return await Item.create(**item.model_dump(), owner_id=user_id)
     except IntegrityError as error:
         raise contract.user_not_found() from error
-    return await ItemRead.from_tortoise_orm(created)
 
 
-@app.get("/items/", response_model=list[ItemRead])
+@app.get("/items/", response_model=list[contract.Item])
 async def read_items(skip: contract.Skip = 0, limit: contract.Limit = 100) -> Any:
-    return await ItemRead.from_queryset(Item.all().order_by("id").offset(skip).limit(limit))
+    return await Item.all().order_by("id").offset(skip).limit(limit)
