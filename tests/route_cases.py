@@ -492,7 +492,7 @@ def dependencies_with_yield(site: Site) -> None:
         finally:
             site.log.append("async out")
 
-    Both = Annotated[str, Depends(asynchronous)]  # noqa: N806
+    Both = Annotated[str, Depends(asynchronous)]
 
     @site.app.get("/ok")
     def ok(both: Both) -> str:

@@ -1,12 +1,14 @@
 """`connect(url)`, and where SQLite, PostgreSQL and MySQL differ: each is a class of Peewee's."""
 
 import functools
+import itertools
 import math
 import re
 import sqlite3
 import time
 import uuid
 import weakref
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlparse
 
@@ -168,6 +170,30 @@ _RESET = (
 )
 
 
+_cursors = itertools.count(1)
+
+
+class _Fetching:
+    """A cursor of the server's, as Peewee reads it, row by row: fetched many at a time."""
+
+    def __init__(self, cursor: Any) -> None:
+        self._cursor = cursor
+        self._rows: Iterator[Any] = iter(())
+        self.description = cursor.description
+
+    def fetchone(self) -> Any:
+        row = next(self._rows, None)
+        if row is None and not self._cursor.closed:
+            self._rows = iter(self._cursor.fetchmany(100))
+            row = next(self._rows, None)
+            if row is None:
+                self._cursor.close()
+        return row
+
+    def close(self) -> None:
+        """Peewee closes when a half-read query is collected: see `Lease.server_cursors`."""
+
+
 class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     """PostgreSQL through psycopg 3, also where psycopg2 is installed."""
 
@@ -197,12 +223,17 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
 
     def open_cursor(self) -> Any:
-        return self.cursor(named_cursor=True)
+        cursor = self._state.conn.cursor(f"fastapi_peewee_{next(_cursors)}")
+        lease = self._state.lease()
+        if lease is not None:
+            lease.root.server_cursors.append(cursor)
+        return cursor
 
     def open_rows(self, query: Any) -> Any:
-        from playhouse.postgres_ext import ServerSide
-
-        return iter(ServerSide(query))
+        cursor = self.open_cursor()
+        with translate_driver_errors:
+            cursor.execute(*self.get_sql_context().parse(query))
+        return iter(query._get_cursor_wrapper(_Fetching(cursor)).iterator())
 
     def is_open(self, conn: Any) -> bool:
         return not conn.closed
@@ -222,6 +253,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             conn.rollback()
         elif status != TransactionStatus.IDLE:
             return False
+        for cursor in lease.server_cursors:
+            cursor.close()  # outside of a transaction that asks nothing of the server
         if not lease.tainted:
             return True
         result = conn.pgconn.exec_(_RESET)

@@ -553,13 +553,15 @@ def with_values(query: Any, named: Mapping[str, Any]) -> Any:
         cls = type(node)
         if cls is Parameter:
             return named[node.name]
-        if isinstance(node, multi_types):
+        if isinstance(node, peewee.multi_types):
             return cls(copied(child) for child in node)
-        names = {SQL: ("params",), Value: ("value",)}.get(cls) or _CHILDREN.get(cls)
+        names = {peewee.SQL: ("params",), Value: ("value",)}.get(cls) or _CHILDREN.get(cls)
         if names is None:
             return node
         if cls is Value and node.multi:
             names = ("values",)
+        elif cls in _QUERIES:
+            names = (*names, "_cte_list")
         copy = object.__new__(cls)
         copy.__dict__.update(node.__dict__)  # `_hash` included: as a source it remains the same
         copy.__dict__.update((name, copied(node.__dict__[name])) for name in names)

@@ -99,6 +99,8 @@ class Lease:
         held: the pool's record of the connection; None before the first call.
         tainted: the session may have been changed; reset before the next user.
         cursors: SQLite's open cursors, each of which keeps the connection on an old snapshot.
+        server_cursors: PostgreSQL's; kept until the lease ends, since one that is collected earlier
+            would speak to the server at a time of the collector's choosing.
         contexts: how many `connection_context()` blocks share it, if threads of a request took it.
         follow_ups: `async` callbacks of committed transactions, to be awaited on the event loop;
             None where there is none.
@@ -117,6 +119,7 @@ class Lease:
         "owner",
         "parent",
         "root",
+        "server_cursors",
         "slot",
         "state",
         "tainted",
@@ -144,6 +147,7 @@ class Lease:
         self.tainted = False
         self.contexts = 0
         self.cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.server_cursors: list[Any] = []
         self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
 
     @property

@@ -1,0 +1,373 @@
+"""`respond(…, stream=…)`: many rows, flat memory, a connection only while the database reads."""
+
+import asyncio
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peewee
+import pytest
+from fastapi import Depends
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field, field_validator
+
+from fastapi_peewee import Database, PeeweeRoute, connect, get_db, respond
+from tests.apps import back_to_rest, client, connected, make_app, walk_away
+from tests.apps import db as db
+from tests.apps import no_collector as no_collector
+
+COUNT = 2500  # several times what is read at a time
+
+
+class PageOut(BaseModel):
+    number: int
+
+
+class BookOut(BaseModel):
+    id: int
+    title: str
+    good: bool | None = Field(alias="isGood")
+    pages: list[PageOut]
+
+
+class Checked(BookOut):
+    @field_validator("title")
+    @classmethod
+    def loud(cls, title: str) -> str:
+        return title.upper()
+
+
+@pytest.fixture
+async def books(db: Database) -> Any:
+    class Book(db.Model):
+        title = peewee.CharField()
+        good = peewee.BooleanField(null=True)
+
+        @property
+        def isGood(self) -> Any:  # noqa: N802
+            return self.good
+
+    class Page(db.Model):
+        number = peewee.IntegerField()
+        book = peewee.ForeignKeyField(Book, backref="pages")
+
+    await db.acreate_tables([Book, Page])
+    rows = [{"title": f'é "{n}"', "good": [True, False, None][n % 3]} for n in range(COUNT)]
+    await db.run(lambda: Book.insert_many(rows).execute())
+    await db.run(lambda: Page.insert_many([{"number": 7, "book": 1}]).execute())
+    return Book
+
+
+class Plain(BaseModel):
+    id: int
+    title: str
+    pages: list[PageOut]
+
+
+@pytest.mark.parametrize("route_class", [PeeweeRoute, APIRoute])
+@pytest.mark.parametrize("kind", ["def", "async"])
+async def test_a_json_array(
+    db: Database, books: Any, kind: str, route_class: type[APIRoute]
+) -> None:
+    """`stream=True` sends the bytes that the whole response would have, in pieces."""
+    app = make_app(db, route_class)
+
+    def endpoint(stream: bool) -> Any:
+        return respond(books.select().order_by(books.id), list[Plain], stream=stream)
+
+    async def coroutine(stream: bool) -> Any:
+        return endpoint(stream)
+
+    app.get("/", response_model=None)(endpoint if kind == "def" else coroutine)
+    async with client(app) as http:
+        whole = await http.get("/?stream=false")
+        streamed = await http.get("/?stream=true")
+    assert json.loads(whole.content) == json.loads(streamed.content)
+    assert len(whole.json()) == COUNT
+    assert whole.json()[0] == {"id": 1, "title": 'é "0"', "pages": [{"number": 7}]}
+    assert "content-length" not in streamed.headers
+    assert streamed.headers["content-type"] == "application/json"
+    assert db.pool_stats.in_use == 0
+
+
+@pytest.mark.parametrize("type_", [Plain, Checked], ids=["json plan", "another plan"])
+async def test_lines(db: Database, books: Any, type_: Any) -> None:
+    """`stream="jsonl"` sends one JSON text a line, whichever the plan is."""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    def lines() -> Any:
+        return respond(books.select().order_by(books.id), list[type_], stream="jsonl")
+
+    async with client(app) as http:
+        response = await http.get("/")
+    assert response.headers["content-type"] == "application/jsonl"
+    assert response.text.endswith("\n")
+    rows = [json.loads(line) for line in response.text.splitlines()]
+    assert [row["id"] for row in rows] == list(range(1, COUNT + 1))
+    assert rows[1]["title"] == ('É "1"' if type_ is Checked else 'é "1"')
+    assert [row["pages"] for row in rows[:2]] == [[{"number": 7}], []]
+
+
+async def test_csv(db: Database, books: Any) -> None:
+    """`stream="csv"` sends a line of names, then the values: nested ones as JSON, no null"""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    def table(limit: int) -> Any:
+        query = books.select().order_by(books.id).limit(limit)
+        return respond(query, list[Checked], stream="csv", headers={"x-a": "b"})
+
+    async with client(app) as http:
+        response = await http.get("/?limit=3")
+        none = await http.get("/?limit=0")
+    assert response.headers["content-type"] == "text/csv; charset=utf-8"
+    assert response.headers["x-a"] == "b"
+    assert list(csv.reader(io.StringIO(response.text, newline=""))) == [
+        ["id", "title", "isGood", "pages"],
+        ["1", 'É "0"', "true", '[{"number":7}]'],
+        ["2", 'É "1"', "false", "[]"],
+        ["3", 'É "2"', "", "[]"],
+    ]
+    assert none.text == "id,title,isGood,pages\r\n"
+
+
+@pytest.mark.parametrize(("form", "body"), [("json", "[]"), ("jsonl", "")])
+async def test_no_rows(db: Database, books: Any, form: Any, body: str) -> None:
+    """A stream of no rows is an empty array, or nothing."""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    def nothing() -> Any:
+        return respond(books.select().where(books.id < 0), list[Plain], stream=form)
+
+    async with client(app) as http:
+        assert (await http.get("/")).text == body
+
+
+async def test_a_failure_before_the_first_row_is_an_error_response(
+    db: Database, books: Any
+) -> None:
+    """What goes wrong before the first byte is answered as any other error: 503, 500."""
+    app = make_app(db)
+    db.pool.timeout = 0.05
+
+    @app.get("/", response_model=None)
+    async def stream(bad: bool = False) -> Any:
+        query = books.select()
+        if bad:
+            query = query.where(peewee.SQL("nonsense"))
+        return respond(query, list[Plain], stream=True)
+
+    async with client(app) as http:
+        assert (await http.get("/?bad=true")).status_code == 500
+        leases = [await db.pool.acquire() for _ in range(db.pool.size)]
+        response = await http.get("/")
+        for lease in leases:
+            db.pool.give_back(lease)
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    assert db.pool_stats.in_use == 0
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+async def test_a_client_that_goes_away(
+    db: Database, books: Any, no_collector: None, spec_version: str
+) -> None:
+    """When the client has gone, reading stops and the connection goes back."""
+    app = make_app(db)
+    read: list[int] = []
+
+    class Noted(Plain):
+        @field_validator("id")
+        @classmethod
+        def note(cls, id_: int) -> int:
+            read.append(id_)
+            return id_
+
+    @app.get("/", response_model=None)
+    def stream() -> Any:
+        return respond(books.select().order_by(books.id), list[Noted], stream="jsonl")
+
+    await walk_away(app, "/", after=1, spec_version=spec_version)
+    await back_to_rest(db)
+    assert 0 < len(read) <= COUNT
+    before = len(read)
+    await asyncio.sleep(0)
+    assert len(read) == before
+
+
+async def test_the_connection_goes_back_while_a_slow_client_is_sent_to(
+    db: Database, books: Any
+) -> None:
+    """The connection is held while the database is read, not while the client takes its time."""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    def stream() -> Any:
+        return respond(books.select(), list[Plain], stream="jsonl")
+
+    received: list[bytes] = []
+    seen: list[int] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body" and message["body"]:
+            await back_to_rest(db)  # fails after a second
+            seen.append(db.pool_stats.in_use)
+            received.append(message["body"])
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "server": ("test", 80),
+        "root_path": "",
+        "path": "/",
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [],
+    }
+    await asyncio.create_task(app(scope, receive, send))
+    assert set(seen) == {0}
+    assert len(b"".join(received).splitlines()) == COUNT
+
+
+async def test_under_get_db(db: Database, books: Any) -> None:
+    """A stream of a request that holds a connection reads through that one, and gives it back."""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    async def stream(held: Any = None) -> Any:
+        return respond(books.select(), list[Plain], stream="jsonl")
+
+    app.get("/held", response_model=None, dependencies=[Depends(get_db)])(stream)
+    async with client(app) as http:
+        response = await http.get("/held")
+    assert len(response.text.splitlines()) == COUNT
+    await back_to_rest(db)
+
+
+async def test_the_rows_stay_with_the_server(postgres_url: str) -> None:
+    """On PostgreSQL `db.iterate` reads through a cursor of the server's."""
+    async with connected(postgres_url) as db:
+
+        class Book(db.Model):
+            title = peewee.CharField()
+
+        await db.acreate_tables([Book])
+        await db.run(lambda: Book.insert_many([{"title": str(n)} for n in range(500)]).execute())
+        found = []
+        async with db.atomic():
+            async for book in db.iterate(Book.select().order_by(Book.id)):
+                found.append(book.title)
+                if len(found) in (1, 300):
+                    assert (await db.aexecute_sql("SELECT count(*) FROM pg_cursors"))[0] == (1,)
+        assert found == [str(n) for n in range(500)]
+
+
+def test_what_is_no_stream(sqlite_url: str) -> None:
+    """A stream takes a query and a list type; anything else is refused at once."""
+    db = connect(sqlite_url)
+
+    class Book(db.Model):
+        title = peewee.CharField()
+
+    with pytest.raises(TypeError, match=r"list\[UserOut\]; got: .*PageOut"):
+        respond(Book.select(), PageOut, stream=True)
+    with pytest.raises(TypeError, match="wasn't executed"):
+        respond([1, 2], list[PageOut], stream=True)
+    with pytest.raises(ValueError, match="jsonl, csv; got: 'xml'"):
+        respond(Book.select(), list[PageOut], stream="xml")  # type: ignore[arg-type]
+
+
+MILLION = """
+import asyncio, gc, sys
+import peewee, psutil
+from fastapi import FastAPI
+from pydantic import BaseModel
+from fastapi_peewee import Peewee, connect, respond
+
+db = connect(sys.argv[1])
+
+class Row(db.Model):
+    text = peewee.CharField()
+
+class RowOut(BaseModel):
+    id: int
+    text: str
+
+app = FastAPI()
+Peewee(db).init_app(app)
+
+@app.get("/", response_model=None)
+def rows():
+    return respond(Row.select().limit(int(sys.argv[3])), list[RowOut], stream=sys.argv[2])
+
+async def main():
+    length = peak = 0
+    async def send(message):
+        nonlocal length, peak
+        body = message.get("body", b"")
+        length += len(body)
+        peak = max(peak, process.memory_info().rss)
+    async def receive():
+        await asyncio.Event().wait()
+    scope = dict(type="http", method="GET", path="/", raw_path=b"/", query_string=b"", headers=[],
+                 asgi=dict(version="3.0", spec_version="2.4"), root_path="", http_version="1.1",
+                 scheme="http", server=("test", 80))
+    sys.argv[3] = "1000"
+    await asyncio.create_task(app(scope.copy(), receive, send))
+    sys.argv[3] = "1000000000"
+    gc.collect()
+    length, peak, before = 0, 0, process.memory_info().rss
+    await asyncio.create_task(app(scope.copy(), receive, send))
+    print(length, (peak - before) / 2**20)
+    await db.close_pool()
+
+process = psutil.Process()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["json", "csv"])
+async def test_a_million_rows(database_url: str, tmp_path: Path, form: str) -> None:
+    """A million rows are streamed with less than 30 MiB of growth."""
+    async with connected(database_url) as db:
+
+        class Row(db.Model):
+            text = peewee.CharField()
+
+        await db.acreate_tables([Row])
+
+        def fill() -> int:
+            Row.insert_many([{"text": f"row {n}"} for n in range(1000)]).execute()
+            for _ in range(10):
+                Row.insert_from(Row.select(Row.text), [Row.text]).execute()
+            return int(Row.select().count())
+
+        count = await db.run(fill)
+        assert count == 1_024_000
+    script = tmp_path / "million.py"
+    script.write_text(MILLION)
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, str(script), database_url, form, "0"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    length, growth = done.stdout.split()
+    assert int(length) > count * 10
+    assert float(growth) < 30
