@@ -147,7 +147,10 @@ def everything(db: Any) -> Any:
     return model
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=500)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=5 * settings().max_examples,
+)
 @given(data=st.data())
 def test_what_an_input_schema_accepts_is_stored_and_comes_back_equal(
     db: Any, everything: Any, data: st.DataObject
