@@ -339,8 +339,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["json", "csv"])
-async def test_a_million_rows(database_url: str, tmp_path: Path, form: str) -> None:
+async def test_a_million_rows(database_url: str, tmp_path: Path) -> None:
     """A million rows are streamed with less than 30 MiB of growth."""
     async with connected(database_url) as db:
 
@@ -361,7 +360,7 @@ async def test_a_million_rows(database_url: str, tmp_path: Path, form: str) -> N
     script.write_text(MILLION)
     done = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, str(script), database_url, form, "0"],
+        [sys.executable, str(script), database_url, "json", "0"],
         capture_output=True,
         text=True,
         timeout=110,

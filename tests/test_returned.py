@@ -8,7 +8,17 @@ from fastapi import BackgroundTasks, Depends, FastAPI, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fastapi_peewee import Database, InTransaction, PeeweeRoute, explain, param, prepared, respond
+from fastapi_peewee import (
+    Database,
+    InTransaction,
+    LazyLoad,
+    Peewee,
+    PeeweeRoute,
+    explain,
+    param,
+    prepared,
+    respond,
+)
 from tests.apps import client, connected, make_app
 from tests.apps import db as db
 
@@ -415,3 +425,42 @@ async def test_explain_warns_of_a_missing_index(database_url: str) -> None:
         "items: there is no index on item.owner_id, so the whole table is read for each row of "
         "user."
     ]
+
+
+class Loud(BaseModel):
+    """Reads a property that no plan can know of."""
+
+    id: int
+    first_title: str
+
+
+class Owned(BaseModel):
+    owner_name: str
+
+
+@pytest.mark.parametrize("forbid", [True, False, None])
+async def test_lazy_loads_can_be_forbidden(
+    db: Database, models: Models, forbid: bool | None
+) -> None:
+    """A relation that is read while a response is validated raises, if that is forbidden."""
+    models.User.first_title = property(lambda user: next(item.title for item in user.items))
+    models.Item.owner_name = property(lambda item: item.owner.name)
+    app = FastAPI(debug=forbid is None)
+    Peewee(db, forbid_lazy_loads=forbid).init_app(app)
+
+    @app.get("/users", response_model=list[Loud])
+    def users() -> Any:
+        return models.User.select().where(models.User.id == 1)
+
+    @app.get("/items", response_model=list[Owned])
+    def items() -> Any:
+        return models.Item.select()
+
+    if forbid is False:
+        assert await answer(app, "/users") == (200, [{"id": 1, "first_title": "a"}])
+        assert await answer(app, "/items") == (200, [{"owner_name": "Ada"}] * 2)
+        return
+    for path, relation in [("/users", r"User\.items"), ("/items", r"Item\.owner")]:
+        with pytest.raises(LazyLoad, match=rf"^{relation} was read .* of \S+{path[1:]} \({path}\)"):
+            async with client(app, raises=True) as http:
+                await http.get(path)

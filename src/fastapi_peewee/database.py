@@ -26,6 +26,7 @@ from .state import (
     PeeweeConnectionState,
     allow_sync,
     called_by_peewee,
+    forbid_lazy_load,
     translate_driver_errors,
 )
 from .verbs import AsyncModel
@@ -214,6 +215,7 @@ class Database(peewee.Database):
     # Using a lease.
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
+        forbid_lazy_load()
         lease = self._state.lease()
         if lease is None:
             return super().execute_sql(sql, params)

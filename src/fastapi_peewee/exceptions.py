@@ -96,3 +96,19 @@ class BlockingQueryWarning(RuntimeWarning):
 
 class SchemaError(peewee.ImproperlyConfigured, ValueError):
     """A schema was asked for that the model has not the fields or relations for."""
+
+
+class LazyLoad(peewee.InterfaceError):
+    """A relation was read from the database while a response was made of instances.
+
+    Args:
+        what: the relation.
+        endpoint: the endpoint's name.
+    """
+
+    def __init__(self, what: str, endpoint: str) -> None:
+        super().__init__(
+            f"{what} was read from the database while the response of {endpoint} was validated: "
+            "one query for each row. Name the relation in the response model, so that it is loaded "
+            "for all rows at once, or load it in the endpoint, with `with_related()` or a join."
+        )

@@ -35,9 +35,14 @@ class Peewee:
             `Depends(get_db)` opens a connection for each request, as Peewee does it, and there
             is no pool, no `async` side and no `PeeweeRoute`.
         grace: seconds that shutdown waits for connections in use.
+        forbid_lazy_loads: raise `LazyLoad` if a relation is read while a response is validated,
+            one query a row; by default if the application is made with `debug=True`. For
+            development and tests.
     """
 
-    def __init__(self, db: Any, *, grace: float = 10.0) -> None:
+    def __init__(
+        self, db: Any, *, grace: float = 10.0, forbid_lazy_loads: bool | None = None
+    ) -> None:
         if isinstance(db, peewee.Proxy):
             db = db.obj
         if not isinstance(db, peewee.Database):
@@ -46,6 +51,7 @@ class Peewee:
             db._state = PeeweeConnectionState()
         self.db = db
         self.grace = grace
+        self.forbid_lazy_loads = forbid_lazy_loads
 
     def init_app(self, app: FastAPI) -> None:
         """Add the middleware, the error handlers, the lifespan, and `PeeweeRoute`.
@@ -84,7 +90,7 @@ class Peewee:
             if middleware.cls is PeeweeMiddleware and middleware.kwargs["db"] is self.db:
                 return False
         started, app.middleware_stack = app.middleware_stack, None
-        app.add_middleware(PeeweeMiddleware, db=self.db)
+        app.add_middleware(PeeweeMiddleware, db=self.db, forbid_lazy_loads=self.forbid_lazy_loads)
         app.middleware_stack = started
         add_handlers(app)
         if isinstance(self.db, Database):
@@ -104,9 +110,10 @@ class PeeweeMiddleware:
     websocket ends.
     """
 
-    def __init__(self, app: ASGIApp, db: Any) -> None:
+    def __init__(self, app: ASGIApp, db: Any, forbid_lazy_loads: bool | None = None) -> None:
         self.app = app
         self.db = db
+        self.forbid_lazy_loads = forbid_lazy_loads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -136,6 +143,10 @@ class PeeweeMiddleware:
         if request.app is not scope.get("app"):
             request.app, request.databases = scope.get("app"), []
         request.databases.append(self.db)
+        forbid = self.forbid_lazy_loads
+        request.forbids_lazy_loads = bool(
+            getattr(request.app, "debug", False) if forbid is None else forbid
+        )
 
     async def _unbound(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A request made inside of another, in one process, must not inherit its connection.

@@ -8,6 +8,7 @@ FastAPI keeps private are imported here and nowhere else.
 import copy
 import functools
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from .handlers import CONFLICT, NOT_FOUND
 from .loading import Plans
 from .plans import Texts
 from .responses import QueryResponse
-from .state import RequestScope
+from .state import RequestScope, lazy_loads_forbidden
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -131,8 +132,9 @@ _OUTCOME = _OutcomeField()
 class _Answers:
     """What becomes of what one route's endpoint returns."""
 
-    def __init__(self, route: Any, field: Any) -> None:
+    def __init__(self, route: Any, endpoint: Callable[..., Any], field: Any) -> None:
         self._field = field
+        self._name = f"{getattr(endpoint, '__qualname__', repr(endpoint))} ({route.path})"
         self._as_bytes = isinstance(route.response_class, DefaultPlaceholder)
         self._options = {
             "include": route.response_model_include,
@@ -161,9 +163,15 @@ class _Answers:
         value = self._plans.load(returned)
         if isinstance(value, Texts):
             return returned, value, []
-        if self._field is None:
-            return returned, jsonable_encoder(value), []
-        return returned, *self._field.validate(value, {}, loc=("response",))
+        with self._no_lazy_loads():
+            if self._field is None:
+                return returned, jsonable_encoder(value), []
+            return returned, *self._field.validate(value, {}, loc=("response",))
+
+    def _no_lazy_loads(self) -> AbstractContextManager[None]:
+        request = RequestScope.current.get()
+        forbidden = request is not None and request.forbids_lazy_loads
+        return lazy_loads_forbidden(self._name) if forbidden else nullcontext()
 
     def serialise(self, outcome: tuple[Any, Any, list[Any]]) -> Any:
         returned, value, errors = outcome
@@ -186,7 +194,7 @@ class _Answers:
 def _answering(
     route: Any, endpoint: Callable[..., Any], field: Any
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
-    answers = _Answers(route, field)
+    answers = _Answers(route, endpoint, field)
 
     @functools.wraps(endpoint)
     async def in_one_hop(**values: Any) -> Any:

@@ -21,6 +21,7 @@ import peewee
 from peewee import (
     ConnectionContext,
     CursorWrapper,
+    ForeignKeyAccessor,
     __exception_wrapper__,
     _atomic,
     _ConnectionState,
@@ -31,6 +32,7 @@ from peewee import (
 from .exceptions import (
     BlockingQuery,
     BlockingQueryWarning,
+    LazyLoad,
     LeaseEnded,
     LeaseForked,
     NoLease,
@@ -51,7 +53,9 @@ __all__ = [
     "called_by_peewee",
     "called_by_suspended",
     "closed_state",
+    "forbid_lazy_load",
     "generation",
+    "lazy_loads_forbidden",
     "translate_driver_errors",
 ]
 
@@ -116,6 +120,7 @@ class Lease:
         "follow_ups",
         "generation",
         "held",
+        "lazy_loads_forbidden",
         "owner",
         "parent",
         "root",
@@ -200,6 +205,7 @@ class RequestScope:
         "app",
         "blocks",
         "databases",
+        "forbids_lazy_loads",
         "leases",
         "owners",
         "response_started",
@@ -222,6 +228,8 @@ class RequestScope:
         #: How many transaction dependencies are open.
         self.transactions = 0
         self.response_started = False
+        #: Whether a query that runs while a response is validated is an error.
+        self.forbids_lazy_loads = False
 
     def hold(self, db: Any, held: Any) -> Any:
         """Hold this for the request, unless something is held already. Returns what is held."""
@@ -359,6 +367,49 @@ def allow_sync() -> Iterator[None]:
         yield
     finally:
         _sync_allowed.reset(token)
+
+
+_validating: ContextVar[tuple[str, list[Exception]] | None] = ContextVar(
+    "fastapi_peewee_validating", default=None
+)
+
+
+@contextmanager
+def lazy_loads_forbidden(endpoint: str) -> Iterator[None]:
+    """Raise `LazyLoad` if a query runs inside, while the response of `endpoint` is validated."""
+    errors: list[Exception] = []
+    token = _validating.set((endpoint, errors))
+    try:
+        yield
+    finally:
+        _validating.reset(token)
+        if errors:  # Pydantic has made one of its own of it
+            raise errors[0]
+
+
+def forbid_lazy_load() -> None:
+    """Called before a query runs."""
+    validating = _validating.get()
+    if validating is not None:
+        endpoint, errors = validating
+        errors.append(LazyLoad(_what_is_read(), endpoint))
+        raise errors[-1]
+
+
+def _what_is_read() -> str:
+    """The relation whose access makes Peewee run a query: what the frames above say."""
+    frame: FrameType | None = _getframe(2)
+    while frame is not None:
+        it = frame.f_locals.get("self")
+        if isinstance(it, ForeignKeyAccessor) and "instance" in frame.f_locals:
+            return f"{type(frame.f_locals['instance']).__name__}.{it.name}"
+        if isinstance(it, peewee.ModelSelect):
+            field = getattr(it._where, "lhs", None)
+            if isinstance(field, peewee.ForeignKeyField) and it.model is field.model:
+                return f"{field.rel_model.__name__}.{field.backref}"
+            return f"A query of {it.model.__name__}"
+        frame = frame.f_back
+    return "Something"
 
 
 _OURS = os.path.dirname(__file__) + os.sep
