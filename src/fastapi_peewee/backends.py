@@ -8,14 +8,14 @@ import sqlite3
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlparse
 
 import peewee
 
 from .blocks import Atomic
-from .database import Database
+from .database import Database, NotBuilt, encoded
 from .state import Lease, translate_driver_errors
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
@@ -110,6 +110,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def _initialize_connection(self, conn: Any) -> None:
         super()._initialize_connection(conn)
         conn.create_function("fastapi_peewee_float", 1, _json_float, deterministic=True)
+
+    def refuses_json(self, error: Exception) -> bool:
+        return "JSON" in str(error)  # "JSON cannot hold BLOB values", "malformed JSON"
 
     def open_rows(self, query: Any) -> Any:
         rows = super().open_rows(query)
@@ -264,6 +267,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 _WRITTEN = re.compile(r"(?:INSERT (?:IGNORE )?INTO|REPLACE INTO|UPDATE|DELETE FROM) `([^`]+)`")
 
 
+#: Warnings: "cut by JSON_ARRAYAGG()", "larger than max_allowed_packet".
+_CUT = (1260, 1301)
+
+
 class MySQLDatabase(Database, peewee.MySQLDatabase):
     """MySQL and MariaDB through PyMySQL."""
 
@@ -275,6 +282,19 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         super()._set_server_version(conn)
         version = conn.get_server_info()
         self.mariadb: bool = self.mariadb or "maria" in version.lower()
+
+    def _initialize_connection(self, conn: Any) -> None:
+        super()._initialize_connection(conn)
+        # JSON_ARRAYAGG cuts what is longer, by default 1 MiB; now only max_allowed_packet does.
+        conn.query(f"SET SESSION group_concat_max_len = {2**32 - 1}")
+
+    def texts(self, cursor: Any) -> Sequence[bytes]:
+        rows = cursor.fetchall()
+        if cursor.warning_count:
+            cursor.execute("SHOW WARNINGS")
+            if any(code in _CUT for _, code, _ in cursor.fetchall()):
+                raise NotBuilt
+        return encoded(rows)
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         try:

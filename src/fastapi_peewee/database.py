@@ -37,6 +37,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class NotBuilt(Exception):
+    """The database couldn't build the JSON of these rows, as it turned out."""
+
+
+def encoded(rows: Sequence[Any]) -> list[bytes]:
+    """The rows' first column, which is JSON. MariaDB says NULL where it would be too long."""
+    try:
+        return [row[0].encode() for row in rows]
+    except AttributeError as error:
+        raise NotBuilt from error
+
+
 class Database(peewee.Database):
     """What `connect()` returns: a Peewee database for threads and tasks alike.
 
@@ -436,8 +448,16 @@ class Database(peewee.Database):
         return self.cursor()
 
     def texts(self, cursor: Any) -> Sequence[bytes]:
-        """The first column of all rows, which is text, in UTF-8."""
-        return [row[0].encode() for row in cursor.fetchall()]
+        """The first column of all rows, which is text, in UTF-8.
+
+        Raises:
+            NotBuilt: the database couldn't put all of a row into it.
+        """
+        return encoded(cursor.fetchall())
+
+    def refuses_json(self, error: Exception) -> bool:
+        """Whether a statement failed since JSON can't hold a value, or since a value isn't JSON."""
+        return False
 
     async def acreate_tables(self, *args: Any, **kwargs: Any) -> None:
         await self.run(self.create_tables, *args, **kwargs)

@@ -19,14 +19,11 @@ class NoJson(Exception):
     """The database can't build this JSON; the message says why."""
 
 
+_KEYS = (peewee.AutoField, peewee.BigAutoField, peewee.IdentityField, peewee.PrimaryKeyField)
 _INTEGERS = (
-    peewee.AutoField,
-    peewee.BigAutoField,
     peewee.BigIntegerField,
     peewee.BitField,
-    peewee.IdentityField,
     peewee.IntegerField,
-    peewee.PrimaryKeyField,
     peewee.SmallIntegerField,
 )
 _FLOATS = (peewee.DoubleField, peewee.FloatField)
@@ -60,23 +57,39 @@ _PG_SECONDS = (
     "THEN 'YYYY-MM-DD\"T\"HH24:MI:SS' ELSE 'YYYY-MM-DD\"T\"HH24:MI:SS.US' END)"
 )
 
+#: A column of SQLite's may hold anything. What isn't as Peewee writes it ends the statement with
+#: "malformed JSON", and the rows are read instead. (A constant would be evaluated beforehand.)
+_STRANGE = "json('?'||{v})"
+_ZONED = "replace(replace({v},' ','T'),'+00:00','Z')"
+
 SQLITE = _table(
-    (_INTEGERS, "int", "{v}"),
+    (_KEYS, "int", "{v}"),
+    (
+        _INTEGERS,
+        "int",
+        f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} ELSE {_STRANGE} END",
+    ),
     (_FLOATS, "float", "json(fastapi_peewee_float({v}))"),
     (_TEXTS, "str", "{v}"),
     ((peewee.FixedCharField,), "str", "trim({v})"),
     (
         (peewee.BooleanField,),
         "bool",
-        "json(CASE WHEN {v} IS NULL THEN 'null' WHEN {v} THEN 'true' ELSE 'false' END)",
+        "json(CASE WHEN {v} IS NULL THEN 'null' WHEN {v} IN (0,'') THEN 'false' ELSE 'true' END)",
     ),
-    ((peewee.DateField,), "date", "{v}"),
-    ((peewee.TimeField,), "time", "{v}"),
+    ((peewee.DateField,), "date", f"CASE length({{v}}) WHEN 10 THEN {{v}} ELSE {_STRANGE} END"),
+    (
+        (peewee.TimeField,),
+        "time",
+        "CASE length({v}) WHEN 8 THEN {v} WHEN 15 THEN {v} WHEN 12 THEN {v}||'000' "
+        f"WHEN 14 THEN {_ZONED} WHEN 21 THEN {_ZONED} ELSE {_STRANGE} END",
+    ),
     (
         (peewee.DateTimeField,),
         "datetime",
-        "CASE length({v}) WHEN 10 THEN {v}||'T00:00:00' WHEN 23 THEN replace({v},' ','T')||'000' "
-        "ELSE replace(replace({v},' ','T'),'+00:00','Z') END",
+        "CASE length({v}) WHEN 26 THEN replace({v},' ','T') WHEN 19 THEN replace({v},' ','T') "
+        "WHEN 10 THEN {v}||'T00:00:00' WHEN 23 THEN replace({v},' ','T')||'000' "
+        f"WHEN 25 THEN {_ZONED} WHEN 32 THEN {_ZONED} ELSE {_STRANGE} END",
     ),
     (
         (peewee.TimestampField,),
@@ -84,7 +97,11 @@ SQLITE = _table(
         "strftime('%Y-%m-%dT%H:%M:%S', {v}, 'unixepoch')",
     ),
     ((peewee.UUIDField,), "uuid", f"lower({_DASHES.format(_HEX)})"),
-    ((peewee.BinaryUUIDField,), "uuid", f"lower({_DASHES.format('hex({v})')})"),
+    (
+        (peewee.BinaryUUIDField,),
+        "uuid",
+        f"CASE length({{v}}) WHEN 16 THEN lower({_DASHES.format('hex({v})')}) ELSE {_STRANGE} END",
+    ),
     (
         (peewee.IPField,),
         "str",
@@ -94,7 +111,7 @@ SQLITE = _table(
 )
 
 POSTGRESQL = _table(
-    (_INTEGERS, "int", "{v}"),
+    ((*_KEYS, *_INTEGERS), "int", "{v}"),
     (_FLOATS, "float", "CASE WHEN abs({v}) < 'Infinity' THEN {v} END"),
     ((peewee.DecimalField,), "decimal", "{v}::text"),
     (_TEXTS, "str", "{v}"),
@@ -136,7 +153,7 @@ POSTGRESQL = _table(
 _MYSQL_UUID = _DASHES.replace("||", ",")
 
 MYSQL = _table(
-    (_INTEGERS, "int", "{v}"),
+    ((*_KEYS, *_INTEGERS), "int", "{v}"),
     (_FLOATS, "float", "{v}"),
     ((peewee.DecimalField,), "decimal", "CAST({v} AS CHAR)"),
     (_TEXTS, "str", "{v}"),

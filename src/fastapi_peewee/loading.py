@@ -5,6 +5,7 @@ Nothing here knows of requests; `routing` and `responses` call it where a connec
 
 import functools
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import peewee
 from peewee import Model
 
 from .columns import base_model
+from .database import NotBuilt
 from .plans import Compiled, JsonPlan, Plan, Texts, plan
 from .reading import complete
 from .shapes import shape_of, with_values
@@ -109,7 +111,8 @@ class Plans:
             if compiled is not None:
                 params = compiled.template.bind(shape.values)
                 if params is not None:  # else the SQL depends on a value
-                    return compiled.load(params)
+                    with suppress(NotBuilt):
+                        return compiled.load(params)
         chosen = self.plan(query)
         if shape is not None and isinstance(chosen, JsonPlan):
             compiled = chosen.compile(db, shape)
@@ -187,9 +190,10 @@ class Prepared:
             compiled = chosen.compile(db, self._shape) if isinstance(chosen, JsonPlan) else None
             self._compiled[id(db)] = compiled
         params = None if compiled is None else compiled.template.bind_named(values)
-        if compiled is None or params is None:
-            return self.plans.load(with_values(self.plain, values))
-        return compiled.load(params)
+        if compiled is not None and params is not None:
+            with suppress(NotBuilt):
+                return compiled.load(params)
+        return self.plans.load(with_values(self.plain, values))
 
 
 class PreparedQuery:

@@ -10,15 +10,19 @@ All give the same JSON. Nothing is kept here: `loading` does that.
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
+import peewee
 from peewee import SQL, BaseModelSelect
 
 from .columns import Narrowed, Unplannable, base_model, check, check_relations, completed
+from .database import NotBuilt, encoded
 from .json_sql import NoJson, writer
 from .reading import complete, count_relations, dictionaries, one_snapshot
 from .shapes import Shape, Template, compile_template
+from .state import translate_driver_errors
 from .trees import Response, Tree
 
 _ONE = SQL("1")
@@ -73,6 +77,7 @@ class JsonPlan(Plan):
 
     def __init__(self, response: Response, db: Any, tree: Tree, narrowed: Narrowed, by_alias: bool):
         super().__init__(response)
+        self._rows = RowPlan(response, tree, narrowed, "the database couldn't build the JSON")
         sql = writer(db)(db, by_alias)
         self._before, self._after = sql.around(tree, narrowed)
         self._params = sql.params
@@ -82,15 +87,27 @@ class JsonPlan(Plan):
         text, params = db.get_sql_context().parse(self._query)
         return self._before + text + self._after, self._params + params
 
-    def load(self, db: Any) -> Texts:
-        return self.run(db, *self.statement(db))
+    def load(self, db: Any) -> Any:
+        try:
+            return self.run(db, *self.statement(db))
+        except NotBuilt:
+            return self._rows.load(db)
 
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        for rows in db.stream(*self.statement(db), size):
-            yield [row[0].encode() for row in rows]
+        sent = 0
+        try:
+            with _refused_json(db):
+                for rows in db.stream(*self.statement(db), size):
+                    texts = encoded(rows)
+                    yield texts
+                    sent += len(texts)
+        except NotBuilt:
+            yield from self._rows.stream(db, size, sent)
 
     def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
-        return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
+        """Raises `NotBuilt` if the rows have to be read in another way."""
+        with _refused_json(db), translate_driver_errors:
+            return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
 
     def compile(self, db: Any, shape: Shape) -> "Compiled | None":
         """What loads all queries of this shape. None if values and parameters can't be matched."""
@@ -98,6 +115,16 @@ class JsonPlan(Plan):
         if template is None:
             return None
         return Compiled(self, db, self._before + template.sql + self._after, self._params, template)
+
+
+@contextmanager
+def _refused_json(db: Any) -> Iterator[None]:
+    try:
+        yield
+    except peewee.DatabaseError as error:
+        if db.refuses_json(error):
+            raise NotBuilt from error
+        raise
 
 
 class Compiled(NamedTuple):
@@ -110,6 +137,7 @@ class Compiled(NamedTuple):
     template: Template
 
     def load(self, params: Sequence[Any]) -> Texts:
+        """Raises `NotBuilt` if the rows have to be read in another way."""
         return self.plan.run(self.db, self.sql, [*self.params, *params] if self.params else params)
 
 
@@ -133,9 +161,9 @@ class RowPlan(Plan):
             found = dictionaries(db, self._tree, self._narrowed, rows)
         return found if self.response.many else (found[0] if found else None)
 
-    def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+    def stream(self, db: Any, size: int, skipped: int = 0) -> Generator[list[bytes]]:
         with one_snapshot(db, 2):
-            for rows in _chunks(self._narrowed.query.tuples(), db, size):
+            for rows in _chunks(self._narrowed.query.tuples(), db, size, skipped):
                 yield self.response.dump(dictionaries(db, self._tree, self._narrowed, rows))
 
 
@@ -168,13 +196,18 @@ class InstancePlan(Plan):
         return completed(query, self.response.tree(base_model(query)))
 
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
+        if getattr(self._query, "_load_tree", None):  # Peewee loads for all rows at once
+            found = self.load(db)
+            for start in range(0, len(found), size):
+                yield self.response.dump(found[start : start + size])
+            return
         with one_snapshot(db, 2):
             for rows in _chunks(self._complete(), db, size):
                 yield self.response.dump(complete(db, rows, self.response))
 
 
-def _chunks(query: Any, db: Any, size: int) -> Iterator[list[Any]]:
-    rows = db.open_rows(query.bind(db))
+def _chunks(query: Any, db: Any, size: int, skipped: int = 0) -> Iterator[list[Any]]:
+    rows = islice(db.open_rows(query.bind(db)), skipped, None)
     while chunk := list(islice(rows, size)):
         yield chunk
 
