@@ -135,7 +135,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
 def _json_float(value: Any) -> str | None:
     """A float as JSON has it: SQLite prints 15 digits, which is another number, and `Inf`."""
-    return repr(value) if isinstance(value, float) and math.isfinite(value) else None
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return repr(float(value)) if isinstance(value, float | int) else "?"  # no JSON: see json_sql
 
 
 # Functions, collations and attached files belong to connections: those that exist lack new ones.

@@ -59,7 +59,8 @@ _PG_SECONDS = (
 
 #: A column of SQLite's may hold anything. What isn't as Peewee writes it ends the statement with
 #: "malformed JSON", and the rows are read instead. (A constant would be evaluated beforehand.)
-_STRANGE = "json('?'||{v})"
+_STRANGE = "ELSE json('?'||{v}) END"
+_SPACES = "".join(map(chr, filter(lambda i: chr(i).isspace(), range(1, 0x3001))))
 _ZONED = "replace(replace({v},' ','T'),'+00:00','Z')"
 
 SQLITE = _table(
@@ -67,45 +68,57 @@ SQLITE = _table(
     (
         _INTEGERS,
         "int",
-        f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} ELSE {_STRANGE} END",
+        f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} {_STRANGE}",
     ),
     (_FLOATS, "float", "json(fastapi_peewee_float({v}))"),
-    (_TEXTS, "str", "{v}"),
-    ((peewee.FixedCharField,), "str", "trim({v})"),
+    (_TEXTS, "str", f"CASE WHEN typeof({{v}}) IN ('text','null') THEN {{v}} {_STRANGE}"),
+    (
+        (peewee.FixedCharField,),
+        "str",
+        f"trim(substr(trim({{v}},'{_SPACES}'),1,{{n}}),'{_SPACES}')",
+    ),
     (
         (peewee.BooleanField,),
         "bool",
         "json(CASE WHEN {v} IS NULL THEN 'null' WHEN {v} IN (0,'') THEN 'false' ELSE 'true' END)",
     ),
-    ((peewee.DateField,), "date", f"CASE length({{v}}) WHEN 10 THEN {{v}} ELSE {_STRANGE} END"),
+    ((peewee.DateField,), "date", f"CASE WHEN {{v}} GLOB '????-??-??' THEN {{v}} {_STRANGE}"),
     (
         (peewee.TimeField,),
         "time",
         "CASE length({v}) WHEN 8 THEN {v} WHEN 15 THEN {v} WHEN 12 THEN {v}||'000' "
-        f"WHEN 14 THEN {_ZONED} WHEN 21 THEN {_ZONED} ELSE {_STRANGE} END",
+        f"WHEN 14 THEN {_ZONED} WHEN 21 THEN {_ZONED} {_STRANGE}",
     ),
     (
         (peewee.DateTimeField,),
         "datetime",
         "CASE length({v}) WHEN 26 THEN replace({v},' ','T') WHEN 19 THEN replace({v},' ','T') "
-        "WHEN 10 THEN {v}||'T00:00:00' WHEN 23 THEN replace({v},' ','T')||'000' "
-        f"WHEN 25 THEN {_ZONED} WHEN 32 THEN {_ZONED} ELSE {_STRANGE} END",
+        "WHEN 23 THEN replace({v},' ','T')||'000' "
+        "WHEN CASE WHEN {v} GLOB '????-??-??' THEN 10 END THEN {v}||'T00:00:00' "
+        f"WHEN 25 THEN {_ZONED} WHEN 32 THEN {_ZONED} {_STRANGE}",
     ),
     (
         (peewee.TimestampField,),
         "datetime",
-        "strftime('%Y-%m-%dT%H:%M:%S', {v}, 'unixepoch')",
+        "CASE WHEN typeof({v}) IN ('integer','null') "
+        f"THEN strftime('%Y-%m-%dT%H:%M:%S', {{v}}, 'unixepoch') {_STRANGE}",
     ),
-    ((peewee.UUIDField,), "uuid", f"lower({_DASHES.format(_HEX)})"),
+    (
+        (peewee.UUIDField,),
+        "uuid",
+        f"CASE WHEN length({{v}}) IN (32,36) THEN lower({_DASHES.format(_HEX)}) {_STRANGE}",
+    ),
     (
         (peewee.BinaryUUIDField,),
         "uuid",
-        f"CASE length({{v}}) WHEN 16 THEN lower({_DASHES.format('hex({v})')}) ELSE {_STRANGE} END",
+        f"CASE length({{v}}) WHEN 16 THEN lower({_DASHES.format('hex({v})')}) {_STRANGE}",
     ),
     (
         (peewee.IPField,),
         "str",
-        "({v}>>24)||'.'||(({v}>>16)&255)||'.'||(({v}>>8)&255)||'.'||({v}&255)",
+        "CASE WHEN {v} BETWEEN 0 AND 4294967295 "
+        "THEN ({v}>>24)||'.'||(({v}>>16)&255)||'.'||(({v}>>8)&255)||'.'||({v}&255) "
+        f"{_STRANGE}",
     ),
     ((peewee.JSONField, "playhouse.sqlite_ext.JSONField"), "any", "json({v})"),
 )
@@ -115,7 +128,7 @@ POSTGRESQL = _table(
     (_FLOATS, "float", "CASE WHEN abs({v}) < 'Infinity' THEN {v} END"),
     ((peewee.DecimalField,), "decimal", "{v}::text"),
     (_TEXTS, "str", "{v}"),
-    ((peewee.FixedCharField,), "str", "btrim({v}::text)"),
+    ((peewee.FixedCharField,), "str", f"btrim({{v}}::text,'{_SPACES}')"),
     ((peewee.BooleanField,), "bool", "{v}"),
     ((peewee.DateField,), "date", "{v}"),
     (
@@ -274,7 +287,7 @@ class JsonSql:
             raise NoJson(f"{leaf.name} has more than 6 decimal places")
         if kind == "any" and not _plain_json(column):
             raise NoJson(f"{leaf.name} has a JSON encoder of its own")
-        return template
+        return template.replace("{n}", str(getattr(column, "max_length", "")))
 
     def _literal(self, text: str) -> str:
         """Text of ours, as it is written where the driver looks for placeholders."""
