@@ -398,18 +398,18 @@ def forbid_lazy_load() -> None:
 
 def _what_is_read() -> str:
     """The relation whose access makes Peewee run a query: what the frames above say."""
-    frame: FrameType | None = _getframe(2)
-    while frame is not None:
+    found, frame = "Something", _getframe(2)
+    while frame.f_back is not None:
         it = frame.f_locals.get("self")
         if isinstance(it, ForeignKeyAccessor) and "instance" in frame.f_locals:
             return f"{type(frame.f_locals['instance']).__name__}.{it.name}"
         if isinstance(it, peewee.ModelSelect):
+            found = f"A query of {it.model.__name__}"
             field = getattr(it._where, "lhs", None)
             if isinstance(field, peewee.ForeignKeyField) and it.model is field.model:
-                return f"{field.rel_model.__name__}.{field.backref}"
-            return f"A query of {it.model.__name__}"
+                found = f"{field.rel_model.__name__}.{field.backref}"
         frame = frame.f_back
-    return "Something"
+    return found
 
 
 _OURS = os.path.dirname(__file__) + os.sep
