@@ -16,7 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peewee import JOIN, SQL, Case, Cast, EnclosedNodeList, Value, ValuesList, Window, fn
 
-from fastapi_peewee.shapes import Shape, Template, compile_template, param, shape_of
+from fastapi_peewee import shapes
+from fastapi_peewee.shapes import (
+    Shape,
+    Template,
+    compile_template,
+    param,
+    shape_of,
+    with_values,
+)
 
 SQLITE = peewee.SqliteDatabase(None)
 POSTGRES = peewee.PostgresqlDatabase(None)
@@ -377,7 +385,8 @@ def test_parameters_are_bound_by_name() -> None:
             .offset(i)
         )
 
-    template = prepared(make(param("owner"), param("label"), param("title"), param("i")))
+    query = make(param("owner"), param("label"), param("title"), param("i"))
+    template = prepared(query)
     assert template.names == {"owner", "label", "title", "i"}
     for owner in (7, "7", User(id=7)):
         named = {"owner": owner, "label": uuid.UUID(int=1), "title": "t", "i": 2}
@@ -385,6 +394,30 @@ def test_parameters_are_bound_by_name() -> None:
         bound = template.bind_named(named)
         assert bound is not None
         assert (template.sql, exactly(bound)) == (sql, exactly(parameters))
+        assert with_values(query, named).sql() == (sql, parameters)
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_parameters_are_bound_wherever_a_value_can_be(name: str) -> None:
+    """The same holds for any query: template and copy give what the plain query does."""
+
+    def named(node: Any) -> Any:  # a `param` in the place of every number of the query
+        if type(node) is not int or isinstance(node, bool):
+            return node
+        numbers.append(node)
+        return param(f"p{len(numbers)}")
+
+    numbers: list[int] = []
+    plain = QUERIES[name](3, "a")
+    query = shapes._copied(plain, named)
+    values = {f"p{index}": number for index, number in enumerate(numbers, 1)}
+    assert taken(with_values(query, values)).key == taken(plain).key
+    assert with_values(query, values).sql() == plain.sql()
+    template = prepared(query)
+    assert template.names == values.keys()
+    bound = template.bind_named(values)
+    assert bound is not None
+    assert (template.sql, exactly(bound)) == (plain.sql()[0], exactly(plain.sql()[1]))
 
 
 def test_names_must_be_those_of_the_query() -> None:

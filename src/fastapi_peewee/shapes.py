@@ -30,11 +30,13 @@ class Shape(NamedTuple):
             it holds no values, but for those that stand in `SQL("…")`.
         values: the values as they were given, not converted yet.
         query: the query itself, for `compile_template()`. Don't keep it: it holds the values.
+        parameters: whether `param(…)` is allowed in it; then its template is for it alone.
     """
 
     key: Hashable
     values: list[Any]
     query: Any
+    parameters: bool
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,7 +49,7 @@ class Template:
 
     Attributes:
         sql: the text, as Peewee made it.
-        names: of the `param(…)`s; a template that has any belongs to its query alone.
+        names: of the `param(…)`s, if it was compiled to be bound by name.
     """
 
     __slots__ = ("_constants", "_plan", "_values", "names", "sql")
@@ -86,6 +88,9 @@ class Template:
     def bind_named(self, named: Mapping[str, Any]) -> list[Any] | None:
         """The parameters for `sql`, with a value for each `param(…)`. None as in `bind()`.
 
+        Only for what was compiled of `shape_of(query, parameters=True)`: it has kept the values
+        of that query that are no `param(…)`.
+
         Raises:
             TypeError: a name is missing, or there is no such `param(…)` in the query.
         """
@@ -93,8 +98,8 @@ class Template:
             wrong = [f"missing {name!r}" for name in sorted(self.names - named.keys())]
             wrong += [f"unknown {name!r}" for name in sorted(named.keys() - self.names)]
             raise TypeError(f"Values for the query's parameters: {', '.join(wrong)}.")
-        values = self._values or ()
-        return self.bind([named[v.name] if type(v) is Parameter else v for v in values])
+        assert self._values is not None
+        return self.bind([named[v.name] if type(v) is Parameter else v for v in self._values])
 
 
 class Parameter(peewee.ColumnBase):
@@ -305,22 +310,25 @@ def _walk_value_node(node: Any, tokens: list[Any], values: list[Any], seen: dict
     tokens.append(_token(node._converter))
     if node.multi:
         _walk_list(node.values, tokens, values, seen)
-    elif isinstance(node.value, _SQL_MAKERS):
+    else:
+        _walk_bare(node.value, tokens, values, seen)
+
+
+def _walk_bare(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    """A value where a list is one value, too, and where a node would be something else."""
+    if type(node) in (Parameter, _NamedTag):
+        _walk_parameter(node, tokens, values, seen)
+    elif isinstance(node, _SQL_MAKERS):
         raise _UnknownError
     else:
-        values.append(node.value)
+        _walk_value(node, tokens, values, seen)
 
 
 def _walk_sql(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     params = node.params or ()
     tokens += peewee.SQL, _token(node.sql), len(params), _token(node._converter)
     for value in params:
-        if type(value) in (Parameter, _NamedTag):
-            _walk_parameter(value, tokens, values, seen)
-        elif isinstance(value, _SQL_MAKERS):
-            raise _UnknownError
-        else:
-            _walk_value(value, tokens, values, seen)
+        _walk_bare(value, tokens, values, seen)
 
 
 def _walk_window(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
@@ -452,8 +460,8 @@ def shape_of(query: Any, *, parameters: bool = False) -> Shape | None:
     queries; for classes of nodes that aren't Peewee's own or have their own `__sql__`.
 
     Arguments:
-        parameters: whether the query may contain `param(…)`. If it does, its template is its own,
-            by no means to be found by the key: the other values remain those of the query.
+        parameters: whether the query may contain `param(…)`. Its template is its own then, by no
+            means to be found by the key: the other values remain those of the query.
     """
     if type(query) not in _QUERIES or getattr(query, "_load_tree", None):
         return None
@@ -471,7 +479,7 @@ def shape_of(query: Any, *, parameters: bool = False) -> Shape | None:
                 tokens += _number(dest, tokens, seen), attribute, made
     except _UnknownError:
         return None
-    return Shape(tuple(tokens), values, query)
+    return Shape(tuple(tokens), values, query, parameters)
 
 
 # --- The template --------------------------------------------------------------------------------
@@ -506,68 +514,50 @@ class _Recorder(peewee.Context):
         return self.literal(self.state.param or "?") if add_param else self
 
 
-def _tagged(node: Any) -> Any:
-    """A copy with tags for values; what holds no values is not copied."""
+def _copied(node: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A copy with `leaf(value)` in the place of each value; what holds none is not copied."""
     cls = type(node)
     if cls in (peewee.SQL, Value) or (cls in _CHILDREN and cls is not CTE):
-        return _tagged_copy(node, cls)
+        return _copied_node(node, leaf)
     if isinstance(node, peewee.multi_types):
-        items = [_tagged(child) for child in node]
+        items = [_copied(child, leaf) for child in node]
         return tuple(items) if cls is tuple else items
-    if isinstance(node, Model):
-        return _InstanceTag(cls)
-    if isinstance(node, _SQL_MAKERS) and cls is not Parameter:
+    if isinstance(node, _SQL_MAKERS) and not isinstance(node, Parameter | Model):
         return node
-    return _tagged_value(node)
+    return leaf(node)
 
 
-def _tagged_copy(node: Any, cls: Any) -> Any:
+def _copied_node(node: Any, leaf: Callable[[Any], Any]) -> Any:
+    cls = type(node)
     copy = object.__new__(cls)
     attributes = copy.__dict__
     attributes.update(node.__dict__)  # `_hash` included: as a source it remains the same
     if cls is peewee.SQL:
-        attributes["params"] = [_tagged_value(value) for value in node.params or ()]
+        attributes["params"] = [leaf(value) for value in node.params or ()]
     elif cls is Value and not node.multi:
-        attributes["value"] = _Tag()
+        attributes["value"] = leaf(node.value)
     elif cls is Value:
-        attributes["values"] = _tagged(node.values)
+        attributes["values"] = _copied(node.values, leaf)
     else:
         if cls in _QUERIES and node._cte_list:
-            attributes["_cte_list"] = [_tagged_copy(cte, CTE) for cte in node._cte_list]
+            attributes["_cte_list"] = [_copied_node(cte, leaf) for cte in node._cte_list]
         for name in _CHILDREN[cls]:
             if attributes[name] is not None or cls in _EXPRESSIONS:
-                attributes[name] = _tagged(attributes[name])  # None in `x < None` is a value
+                attributes[name] = _copied(attributes[name], leaf)  # None in `x < None` is a value
         if cls in _EXPRESSIONS and node.rhs is None and node.op in _NULL_TESTS:
             attributes["rhs"] = None  # in `x IS NULL` it's not
     return copy
 
 
-def _tagged_value(value: Any) -> Any:
+def _tag(value: Any) -> Any:
+    if isinstance(value, Model):
+        return _InstanceTag(type(value))
     return _NamedTag(value.name) if type(value) is Parameter else _Tag()
 
 
 def with_values(query: Any, named: Mapping[str, Any]) -> Any:
     """A copy of a query with values in the place of its `param(…)`s. Its shape must be known."""
-
-    def copied(node: Any) -> Any:
-        cls = type(node)
-        if cls is Parameter:
-            return named[node.name]
-        if isinstance(node, peewee.multi_types):
-            return cls(copied(child) for child in node)
-        names = {peewee.SQL: ("params",), Value: ("value",)}.get(cls) or _CHILDREN.get(cls)
-        if names is None:
-            return node
-        if cls is Value and node.multi:
-            names = ("values",)
-        elif cls in _QUERIES:
-            names = (*names, "_cte_list")
-        copy = object.__new__(cls)
-        copy.__dict__.update(node.__dict__)  # `_hash` included: as a source it remains the same
-        copy.__dict__.update((name, copied(node.__dict__[name])) for name in names)
-        return copy
-
-    result = copied(query)
+    result = _copied(query, lambda leaf: named[leaf.name] if type(leaf) is Parameter else leaf)
     result._cursor_wrapper = None
     return result
 
@@ -642,7 +632,7 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
     """
     if database.context_class is not peewee.Context:
         return None
-    tagged = _tagged(shape.query)
+    tagged = _copied(shape.query, _tag)
     again = shape_of(tagged, parameters=True)
     if again is None or again.key != shape.key:
         return None
@@ -666,9 +656,8 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
             plan.append((index_of[slot.tag], slot.convert))
         else:
             return None
-    named = any(type(value) is Parameter for value in shape.values)
-    context = _Recorder(**options) if named else database.get_sql_context()
+    context = _Recorder(**options) if shape.names else database.get_sql_context()
     real_sql, real_parameters = context.parse(query)
     if sql != real_sql or len(slots) != len(real_parameters):
         return None  # a value has been made into SQL, by a converter
-    return Template(sql, plan, constants, shape.values if named else None)
+    return Template(sql, plan, constants, shape.values if shape.parameters else None)
