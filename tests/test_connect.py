@@ -50,7 +50,7 @@ def test_pool_settings_may_stand_in_the_url() -> None:
     db = connect("postgresql:///name?pool_size=3&timeout=0.5&max_waiting=7&max_lifetime=60")
     pool = db.pool
     assert (pool.size, pool.timeout, pool.max_waiting, pool.max_lifetime) == (3, 0.5, 7, 60)
-    assert db.connect_params == {"connect_timeout": 5}
+    assert db.connect_params == {"connect_timeout": 5, "client_encoding": "UTF8"}
 
 
 @pytest.mark.parametrize(
