@@ -721,6 +721,26 @@ def test_what_the_json_schema_says_beyond_types() -> None:
     assert "x-unique-together" not in schema(Item, exclude=["title"]).model_json_schema()
 
 
+@pytest.mark.parametrize("null", [False, True])
+def test_choices_that_json_has_no_literals_of_are_named_there(null: bool) -> None:
+    """Dates and decimals are in the JSON schema as they are sent; members of an enum, once."""
+    day = dt.date(2020, 1, 1)
+
+    class Row(offline.Model):
+        day = peewee.DateField(choices=[(dt.date(2020, 1, 1), "first")], null=null)
+        ip = peewee.IPField(unique=True)
+        colour = EnumField(Colour, choices=[(Colour.RED, "Red")])
+
+    for made in (schema(Row), create_schema(Row), patch_schema(Row)):
+        properties = made.model_json_schema()["properties"]
+        assert properties["day"]["enum"] == [day.isoformat(), *([None] if null else [])]
+        assert properties["day"]["description"] == "Choices: 2020-01-01 = first"
+        assert properties["colour"]["description"] == "Choices: 'r' = Red"
+        assert "enum" not in properties["colour"]
+    properties = create_schema(Row).model_json_schema()["properties"]
+    assert (properties["ip"]["format"], properties["ip"]["x-unique"]) == ("ipv4", True)
+
+
 def accounts(db: Database) -> tuple[FastAPI, Any]:
     class Account(db.Model):
         email = peewee.CharField(unique=True, max_length=20)

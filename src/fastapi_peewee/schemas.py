@@ -17,7 +17,17 @@ import enum
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, TypedDict, TypeVar, Unpack, get_args, get_origin, overload
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    get_args,
+    get_origin,
+    overload,
+)
 
 import peewee
 from pydantic import BaseModel, Field, create_model
@@ -70,16 +80,12 @@ def schema(
     fields: dict[str, Any] = {}
     for field in _chosen(model, include, exclude):
         if field.name not in related:
-            extra: dict[str, Any] = {}
             typed = python_type(field)
-            if field.choices and not isinstance(typed, enum.EnumMeta):
-                values = [value for value, _ in field.choices]
-                extra["enum"] = [*dict.fromkeys([*values, None] if field.null else values)]
-            elif typed is str and (limit := max_length(field)):
-                extra["maxLength"] = limit
-            fields[_name(field)] = (nullable(typed, field.null), Field(**_described(field, extra)))
+            described = _described(field, typed)
+            fields[_name(field)] = (nullable(typed, field.null), Field(**described))
     for key, relation, typed in related.values():
-        described = _described(relation, {}) if isinstance(relation, peewee.ForeignKeyField) else {}
+        is_column = isinstance(relation, peewee.ForeignKeyField)
+        described = _described(relation, typed) if is_column else {}
         fields[key] = (typed, Field(**described))
     return _made(model, name or model.__name__, base, fields, {"from_attributes": True})
 
@@ -106,15 +112,15 @@ def create_schema(
         made = _made_by_database(field)
         if include is None and (made == "always" or field.auto_increment):
             continue
-        described = _described(field, {})
+        typed = input_type(field)
+        described = _described(field, typed)
         if made:
             described["default"] = MISSING
         elif callable(field.default):
             described["default_factory"] = field.default
         elif field.default is not None or field.null:
             described["default"] = field.default
-        typed = nullable(input_type(field), field.null)
-        fields[_name(field)] = (typed, Field(**described))
+        fields[_name(field)] = (nullable(typed, field.null), Field(**described))
     return _made(model, name or f"{model.__name__}Create", base, fields, {"extra": "forbid"})
 
 
@@ -141,8 +147,9 @@ def patch_schema(
     for field in _chosen(model, include, exclude):
         if include is None and (field.name in keys or _made_by_database(field) == "always"):
             continue
-        typed = nullable(input_type(field), field.null)
-        fields[_name(field)] = (typed, Field(**_described(field, {}), default=MISSING))
+        typed = input_type(field)
+        described = {**_described(field, typed), "default": MISSING}
+        fields[_name(field)] = (nullable(typed, field.null), Field(**described))
     return _made(model, name or f"{model.__name__}Patch", base, fields, {"extra": "forbid"})
 
 
@@ -235,21 +242,25 @@ def _checked(model: Any, relations: Mapping[Any, Any]) -> Iterator[tuple[str, An
         yield name, relation, Annotated[inner, *metadata] if metadata else inner
 
 
-def _described(field: Any, extra: dict[str, Any]) -> dict[str, Any]:
+def _described(field: Any, typed: Any) -> dict[str, Any]:
     """What the JSON schema of a field says beyond its type."""
+    extra: dict[str, Any] = {}
+    choices = dict(field.choices or ())
     parts = [field.help_text] if field.help_text else []
-    choices = [(getattr(value, "value", value), label) for value, label in field.choices or ()]
-    labels = [f"{repr(v) if isinstance(v, str) else v} = {label}" for v, label in choices]
-    parts += [f"Choices: {', '.join(labels)}"] if labels else []
+    if choices:
+        values = [(getattr(value, "value", value), label) for value, label in choices.items()]
+        labels = (f"{repr(v) if isinstance(v, str) else v} = {label}" for v, label in values)
+        parts.append(f"Choices: {', '.join(labels)}")
+    if choices and get_origin(typed) is not Literal and not isinstance(typed, enum.EnumMeta):
+        extra["enum"] = [*dict.fromkeys([*choices, None] if field.null else choices)]
+    elif typed is str and (limit := max_length(field)):
+        extra["maxLength"] = limit
     if field.unique or (field.primary_key and not field.model._meta.composite_key):
         extra["x-unique"] = True
     elif field.index:
         extra["x-index"] = True
-    return {
-        "title": field.verbose_name,
-        "description": " | ".join(parts) or None,
-        "json_schema_extra": extra or None,
-    }
+    found = {"title": field.verbose_name, "description": " | ".join(parts)}
+    return {key: each for key, each in {**found, "json_schema_extra": extra}.items() if each}
 
 
 def _together(model: Any, shown: set[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pydantic import (
     JsonValue,
     NaiveDatetime,
     StringConstraints,
+    WithJsonSchema,
 )
 
 from .exceptions import SchemaError
@@ -52,7 +53,7 @@ def input_type(field: Any) -> Any:
             raise ValueError(f"not one of {', '.join(map(str, values))}")
         return value
 
-    return Annotated[stored, AfterValidator(chosen), Field(json_schema_extra={"enum": values})]
+    return Annotated[stored, AfterValidator(chosen)]
 
 
 def max_length(field: Any) -> int | None:
@@ -131,7 +132,9 @@ def _not_null(value: object) -> object:
 _SINGLE: Any = Annotated[_float(3.4028234e38), AfterValidator(_not_subnormal)]
 _BLOB = Annotated[bytes, BeforeValidator(_decoded)]
 _TIME = Annotated[time, AfterValidator(_without_zone)]
-_IPV4 = Annotated[str, AfterValidator(_address), Field(json_schema_extra={"format": "ipv4"})]
+_IPV4 = Annotated[
+    str, AfterValidator(_address), WithJsonSchema({"type": "string", "format": "ipv4"})
+]
 _JSON = Annotated[JsonValue, AfterValidator(_json)]
 #: They exist in every time zone.
 _EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
