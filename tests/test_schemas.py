@@ -274,6 +274,7 @@ class User(offline.Model):
     tags = peewee.JSONField(default=list)
     created = peewee.DateTimeField(constraints=[peewee.SQL("DEFAULT CURRENT_TIMESTAMP")])
     number = peewee.IntegerField(default=peewee.SQL("1 + 1"))
+    both = peewee.IntegerField(default=1, constraints=[peewee.SQL("DEFAULT 2")])
     doubled = peewee.IntegerField(constraints=[peewee.SQL("GENERATED ALWAYS AS (id * 2)")])
 
 
@@ -452,6 +453,7 @@ def test_what_may_be_left_out_of_a_post() -> None:
         "tags": [],
         "created": MISSING,
         "number": MISSING,
+        "both": 1,
     }
     assert optionality(create_schema(Group)) == {"name": "required"}
     assert optionality(create_schema(Member)) == {
@@ -469,6 +471,7 @@ def test_what_may_be_left_out_of_a_post() -> None:
         "size": "s",
         "is_active": True,
         "tags": [],
+        "both": 1,
     }
 
 
@@ -485,6 +488,21 @@ def test_all_may_be_left_out_of_a_patch() -> None:
     assert list(patch_schema(Member).model_fields) == ["since"]
     assert list(patch_schema(Group).model_fields) == []
     assert list(patch_schema(Group, include=Group.name).model_fields) == ["name"]
+
+
+def test_a_field_is_named_as_in_the_model_the_table_or_a_response() -> None:
+    """A foreign key is known by each of its names; the name of a field comes before a column's."""
+
+    class Swapped(offline.Model):
+        b = peewee.IntegerField()
+        a = peewee.IntegerField(column_name="b_")
+        c = peewee.IntegerField(column_name="a")
+
+    assert list(schema(Swapped, include=["a", "b"]).model_fields) == ["b", "a"]
+    assert list(schema(Swapped, include="b_").model_fields) == ["a"]
+    for name in ("editor", "editor_id", "edited_by", Item.editor):
+        assert list(schema(Item, include=name).model_fields) == ["edited_by"]
+        assert list(schema(Item, exclude=name).model_fields) == ["id", "title", "owner_id"]
 
 
 @pytest.mark.parametrize("make", [create_schema, patch_schema])

@@ -114,12 +114,12 @@ def create_schema(
             continue
         typed = input_type(field)
         described = _described(field, typed)
-        if made:
-            described["default"] = MISSING
-        elif callable(field.default):
+        if callable(field.default):
             described["default_factory"] = field.default
-        elif field.default is not None or field.null:
+        elif field.default is not None and not isinstance(field.default, peewee.Node):
             described["default"] = field.default
+        elif made or field.null:
+            described["default"] = MISSING if made else None
         fields[_name(field)] = (nullable(typed, field.null), Field(**described))
     return _made(model, name or f"{model.__name__}Create", base, fields, {"extra": "forbid"})
 
@@ -160,12 +160,11 @@ def _made(model: Any, name: str, base: Any, fields: dict[str, Any], config: dict
     if any(_has_bytes(typed) for typed, _ in fields.values()):
         # Not for all: a setting keeps a query from being compiled from the schema.
         config["ser_json_bytes"] = "base64"
+    caller = sys._getframe(2).f_globals  # whose name pickle looks for, as with namedtuple
     return create_model(
         name,
         __base__=base,
-        __module__=sys._getframe(2).f_globals.get(
-            "__name__", __name__
-        ),  # for pickle, as namedtuple
+        __module__=caller.get("__name__", __name__),
         __cls_kwargs__={key: v for key, v in config.items() if key not in base.model_config},
         **fields,
     )
@@ -183,7 +182,8 @@ def _name(field: Any) -> str:
 def _chosen(model: Any, include: Names, exclude: Names) -> Iterator[Any]:
     """The fields of a model, in its order, that are asked for."""
     fields = model._meta.sorted_fields
-    known = {name: f.name for f in fields for name in (f.column_name, _name(f), f.name)}
+    known = {f.column_name: f.name for f in fields}  # what is another's name, too, means the other
+    known |= {name: f.name for f in fields for name in (_name(f), f.name)}
 
     def resolved(argument: str, given: Names) -> set[str]:
         single = isinstance(given, (str, peewee.Field, peewee.BackrefAccessor))
