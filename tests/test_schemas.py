@@ -33,7 +33,7 @@ from fastapi_peewee import (
     patch_schema,
     schema,
 )
-from fastapi_peewee.loading import Texts, plan
+from fastapi_peewee.plans import Texts, plan
 from fastapi_peewee.trees import Response
 from tests.apps import client, make_app
 from tests.apps import db as db
