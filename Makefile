@@ -24,7 +24,7 @@ UV_INSTALL := $(VENV)/bin/uv pip install --quiet --compile-bytecode --python
 CODE := src sql_app tests $(wildcard experiment examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format experiment bench coverage test-pythons test-lowest lock clean
+.PHONY: help install run test check format experiment soak bench coverage test-pythons test-lowest lock clean
 
 help: ## say what there is (this text)
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,9 @@ bench: $(VENV)/.installed ## measure sql_app against the same API built in other
 	@$(MAKE) --no-print-directory install VENV=.venv-bench LOCK=requirements/bench.txt \
 		INSTALL="$(UV_INSTALL) .venv-bench"
 	$(IN_VENV) -m benchmarks $(ARGS)
+
+soak: $(VENV)/.installed ## compare 50,000 answers to random queries with Pydantic's (CASES=… on each database)
+	FIDELITY_CASES=$(or $(CASES),12500) $(IN_VENV) -m pytest -s tests/test_fidelity.py -k answer
 
 coverage: ## run the whole test suite and say which lines and branches it never reaches
 	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term-missing $(ARGS)"
