@@ -5,6 +5,7 @@ response type, a query and rows; its rows are written in a transaction that is r
 reference loads one relation of one instance at a time and knows nothing of the library's plans.
 """
 
+import asyncio
 import datetime
 import decimal
 import enum
@@ -15,6 +16,7 @@ import struct
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -26,6 +28,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticSerializationError
 
+from fastapi_peewee import connect
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, RowPlan, Texts, plan
 
@@ -81,6 +84,15 @@ class Kind:
     ways: tuple[Way, ...]
     on: tuple[str, ...] = ("sqlite", "postgres", "mysql")
     sortable: bool = True
+
+
+@contextmanager
+def connection(url: str) -> Iterator[Any]:
+    """A database, and a connection to it for synchronous code."""
+    db = connect(url)
+    with db.connection_context():
+        yield db
+    asyncio.run(db.close_pool(grace=0))
 
 
 class Colour(enum.StrEnum):

@@ -183,10 +183,18 @@ class InstancePlan(Plan):
     def load(self, db: Any) -> Any:
         query = self._complete().clone()
         query._cursor_wrapper = None
-        found = complete(db, list(query.execute(db)), self.response)
+        with one_snapshot(db, self._statements()):
+            found = complete(db, list(query.execute(db)), self.response)
         if self.response.many or self.response.schema is None:
             return found
         return found[0] if found else None
+
+    def _statements(self) -> int:
+        model = getattr(self._query, "model", None)
+        if self.response.schema is None or model is None:
+            return 1
+        loads = getattr(self._query, "_load_tree", None) or ()
+        return 1 + len(loads) + count_relations(self.response.tree(base_model(self._query)))
 
     def _complete(self) -> Any:
         """The query with every column that the response needs."""

@@ -1,0 +1,513 @@
+"""What the plans read: how many statements, which rows, in which order; one snapshot of them."""
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import peewee
+import pytest
+from peewee import fn
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastapi_peewee.loading import Plans
+from fastapi_peewee.plans import InstancePlan, Plan, RowPlan, Texts, plan
+from tests.fidelity import connection
+
+
+class TagOut(BaseModel):
+    text: str
+
+
+class ItemOut(BaseModel):
+    id: int
+    title: str
+
+
+class UserOut(BaseModel):
+    id: int
+    name: str
+    items: list[ItemOut]
+
+
+class FullItemOut(BaseModel):
+    title: str
+    owner: UserOut
+    tags: list[TagOut]
+
+
+class Counted(BaseModel):
+    name: str
+    total: int
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Any]:
+    with connection(database_url) as db:
+        yield db
+
+
+@pytest.fixture
+def models(db: Any) -> SimpleNamespace:
+    """Ada owns b (1) and a (2), Bob c (3), Eve nothing; the tags of b are y and x."""
+
+    class User(db.Model):
+        name = peewee.CharField()
+        boss = peewee.ForeignKeyField("self", null=True, backref="team")
+
+    class Item(db.Model):
+        title = peewee.CharField()
+        owner = peewee.ForeignKeyField(User, backref="items")
+
+    class Tag(db.Model):
+        text = peewee.CharField()
+        items = peewee.ManyToManyField(Item, backref="tags")
+
+    through = Tag.items.get_through_model()
+    db.create_tables([User, Item, Tag, through])
+    # Written from the last to the first, so that no order comes by itself.
+    for number, name, boss in [(3, "Eve", None), (2, "Bob", None), (1, "Ada", None)]:
+        User.insert(id=number, name=name, boss=boss).execute()
+    User.update(boss=3).where(User.id < 3).execute()
+    for number, title, owner in [(3, "c", 2), (2, "a", 1), (1, "b", 1)]:
+        Item.insert(id=number, title=title, owner=owner).execute()
+    for number, text in [(2, "x"), (1, "y")]:
+        Tag.insert(id=number, text=text).execute()
+        through.insert(item=1, tag=number).execute()
+    return SimpleNamespace(User=User, Item=Item, Tag=Tag)
+
+
+@pytest.fixture
+def statements(db: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The SELECTs that the database is sent."""
+    seen: list[str] = []
+    execute = db.execute_sql
+
+    def noting(sql: str, params: Any = None) -> Any:
+        if sql.startswith(("SELECT", "WITH", "(")):
+            seen.append(sql)
+        return execute(sql, params)
+
+    monkeypatch.setattr(db, "execute_sql", noting)
+    return seen
+
+
+def every_plan(query: Any, type_: Any, db: Any) -> dict[str, Any]:
+    """What the plans answer with, the best one being json."""
+    plans = Plans(type_)
+    best = plans.plan(query)
+    assert best.kind == "json", best.reason
+    rows = plan(query, plans.response, db, as_json=False)
+    assert isinstance(rows, RowPlan)
+    instances = InstancePlan(plans.response, query, "asked for")
+    return {each.kind: answer(each, plans, db) for each in (best, rows, instances)}
+
+
+def answer(found: Plan, plans: Plans, db: Any) -> Any:
+    return read(found.load(db), plans)
+
+
+def read(loaded: Any, plans: Plans) -> Any:
+    if isinstance(loaded, Texts):
+        return json.loads(loaded.body())
+    adapter = plans.response.adapter
+    value = adapter.validate_python(loaded, from_attributes=True)
+    return json.loads(adapter.dump_json(value, by_alias=True))
+
+
+def only(answers: dict[str, Any]) -> Any:
+    """The one answer of all plans."""
+    first = answers["json"]
+    assert all(each == first for each in answers.values()), answers
+    return first
+
+
+ADA = {"id": 1, "name": "Ada", "items": [{"id": 1, "title": "b"}, {"id": 2, "title": "a"}]}
+BOB = {"id": 2, "name": "Bob", "items": [{"id": 3, "title": "c"}]}
+EVE = {"id": 3, "name": "Eve", "items": []}
+
+NESTED = {
+    "sqlite": (
+        """SELECT json_object('id', q."c0", 'name', """
+        """CASE WHEN typeof(q."c1") IN ('text','null') THEN q."c1" ELSE json('?'||q."c1") END, """
+        """'items', (SELECT json_group_array(json_object('id', q1."c0", 'title', """
+        """CASE WHEN typeof(q1."c1") IN ('text','null') THEN q1."c1" ELSE json('?'||q1."c1") END"""
+        """)) FROM (SELECT "t1"."id" AS "c0", "t1"."title" AS "c1" FROM "item" AS "t1" """
+        """WHERE ("t1"."owner_id" = q."c0") ORDER BY "t1"."id") q1)) FROM ("""
+        """SELECT "t1"."id" AS "c0", "t1"."name" AS "c1" FROM "user" AS "t1" """
+        """WHERE ("t1"."name" != ?) ORDER BY "t1"."name") q"""
+    ),
+    "postgresql": (
+        """SELECT row_to_json(r)::text FROM (SELECT q."c0" AS "id", q."c1" AS "name", """
+        """array_to_json(array(SELECT row_to_json(rq1) FROM ("""
+        """SELECT q1."c0" AS "id", q1."c1" AS "title" FROM ("""
+        """SELECT "t1"."id" AS "c0", "t1"."title" AS "c1" FROM "item" AS "t1" """
+        """WHERE ("t1"."owner_id" = q."c0") ORDER BY "t1"."id") q1) rq1)) AS "items" FROM ("""
+        """SELECT "t1"."id" AS "c0", "t1"."name" AS "c1" FROM "user" AS "t1" """
+        """WHERE ("t1"."name" != %s) ORDER BY "t1"."name") q) r"""
+    ),
+    "mysql": (
+        "SELECT JSON_OBJECT('id', q.`c0`, 'name', q.`c1`, 'items', (SELECT COALESCE("
+        "JSON_ARRAYAGG(JSON_OBJECT('id', `t101`.`id`, 'title', `t101`.`title`) "
+        "ORDER BY `t101`.`id`), JSON_ARRAY()) FROM `item` AS `t101` "
+        "WHERE (`t101`.`owner_id` = q.`c0`))) FROM ("
+        "SELECT `t1`.`id` AS `c0`, `t1`.`name` AS `c1` FROM `user` AS `t1` "
+        "WHERE (`t1`.`name` != %s) ORDER BY `t1`.`name` LIMIT 18446744073709551615) q"
+    ),
+}
+
+
+def test_the_statement(db: Any, models: SimpleNamespace, database_url: str) -> None:
+    """The json plan of a list of rows with lists is this statement."""
+    if database_url.startswith("mysql") and not db.mariadb:
+        pytest.skip("the statement for MySQL is another one")
+    query = models.User.select().where(models.User.name != "100%").order_by(models.User.name)
+    sql, params = Plans(list[UserOut]).plan(query).statement(db)
+    assert sql == NESTED[database_url.partition(":")[0]]
+    assert params == ["100%"]
+
+
+def test_how_many_statements(db: Any, models: SimpleNamespace, statements: list[str]) -> None:
+    """One statement for json; the other plans send one more for each relation."""
+    plans = Plans(list[FullItemOut])
+    query = models.Item.select().order_by(models.Item.id)
+    best = plans.plan(query)
+    rows = plan(query, plans.response, db, as_json=False)
+    instances = InstancePlan(plans.response, query, "asked for")
+    for each, number in ((best, 1), (rows, 4), (instances, 4)):
+        statements.clear()
+        found = answer(each, plans, db)
+        assert [item["title"] for item in found] == ["b", "a", "c"]
+        assert len(statements) == number, statements
+
+
+def test_lists_are_in_the_order_of_the_key(db: Any, models: SimpleNamespace) -> None:
+    """A list whose query says no order is in the order of the primary key."""
+    query = models.User.select().order_by(models.User.id)
+    assert only(every_plan(query, list[UserOut], db)) == [ADA, BOB, EVE]
+
+
+def test_rows_are_in_the_order_of_the_query(db: Any, models: SimpleNamespace) -> None:
+    """The order of the caller's query stays, also on MariaDB, where subqueries have none."""
+    for order in (models.User.name.desc(), -models.User.id):
+        query = models.User.select().order_by(order)
+        assert only(every_plan(query, list[UserOut], db)) == [EVE, BOB, ADA]
+    # With enough rows for the server to have reasons to change the order.
+    many = [
+        {"id": number, "title": f"{number * 7919 % 1000:03}", "owner": 3}
+        for number in range(100, 1100)
+    ]
+    models.Item.insert_many(many).execute()
+    query = models.Item.select().where(models.Item.owner == 3).order_by(models.Item.title)
+    titles = [item["title"] for item in only(every_plan(query, list[ItemOut], db))]
+    assert titles == sorted(titles)
+
+
+def test_a_limit_of_a_relation_is_for_each_parent(db: Any, models: SimpleNamespace) -> None:
+    """The query of a relation selects, orders and limits each parent's rows."""
+    newest = models.Item.select().where(models.Item.title != "z")
+    newest = newest.order_by(models.Item.id.desc()).limit(1)
+
+    class Newest(BaseModel):
+        name: str
+        items: Annotated[list[ItemOut], newest]
+
+    query = models.User.select().order_by(models.User.id)
+    assert only(every_plan(query, list[Newest], db)) == [
+        {"name": "Ada", "items": [{"id": 2, "title": "a"}]},
+        {"name": "Bob", "items": [{"id": 3, "title": "c"}]},
+        {"name": "Eve", "items": []},
+    ]
+
+
+def test_many_to_many(db: Any, models: SimpleNamespace) -> None:
+    """The rows at the other end of a link table are a list, from both ends."""
+
+    class Tagged(BaseModel):
+        title: str
+        tags: list[TagOut]
+
+    class WithItems(BaseModel):
+        text: str
+        items: list[ItemOut]
+
+    query = models.Item.select().order_by(models.Item.id)
+    assert only(every_plan(query, list[Tagged], db)) == [
+        {"title": "b", "tags": [{"text": "y"}, {"text": "x"}]},
+        {"title": "a", "tags": []},
+        {"title": "c", "tags": []},
+    ]
+    query = models.Tag.select().order_by(models.Tag.id)
+    assert only(every_plan(query, list[WithItems], db)) == [
+        {"text": "y", "items": [{"id": 1, "title": "b"}]},
+        {"text": "x", "items": [{"id": 1, "title": "b"}]},
+    ]
+
+
+def test_a_model_that_refers_to_itself(db: Any, models: SimpleNamespace) -> None:
+    """Rows of one table within rows of the same table, up and down."""
+
+    class Name(BaseModel):
+        name: str
+
+    class Boss(Name):
+        team: list[Name]
+
+    class Worker(Name):
+        boss: Boss | None
+        team: list[Name]
+
+    query = models.User.select().order_by(models.User.id)
+    ada, _, eve = only(every_plan(query, list[Worker], db))
+    both = [{"name": "Ada"}, {"name": "Bob"}]
+    assert ada == {"name": "Ada", "boss": {"name": "Eve", "team": both}, "team": []}
+    assert eve == {"name": "Eve", "boss": None, "team": both}
+
+
+def test_a_number_of_rows(db: Any, models: SimpleNamespace) -> None:
+    """A COUNT that the query selects by the name of a field of the schema is built as JSON."""
+    user, item = models.User, models.Item
+    query = (
+        user.select(user, fn.COUNT(item.id).alias("total"))
+        .join(item, peewee.JOIN.LEFT_OUTER)
+        .group_by(user.id, user.name, user.boss)
+        .order_by(fn.COUNT(item.id).desc(), user.id)
+    )
+    assert only(every_plan(query, list[Counted], db)) == [
+        {"name": "Ada", "total": 2},
+        {"name": "Bob", "total": 1},
+        {"name": "Eve", "total": 0},
+    ]
+
+
+def test_another_expression_is_read_as_a_row(db: Any, models: SimpleNamespace) -> None:
+    """What isn't a COUNT has a type of the driver's, so that Pydantic must see it."""
+    query = models.User.select(models.User, fn.LENGTH(models.User.name).alias("total"))
+    plans = Plans(list[Counted])
+    found = plans.plan(query.order_by(models.User.id).limit(1))
+    assert found.kind == "rows"
+    assert answer(found, plans, db) == [{"name": "Ada", "total": 3}]
+
+
+def test_distinct(db: Any, models: SimpleNamespace) -> None:
+    """DISTINCT is of the columns that the query selects, whatever the response shows of them."""
+
+    class Title(BaseModel):
+        title: str
+
+    item = models.Item
+    item.insert(id=9, title="b", owner=2).execute()
+    query = item.select(item.title).distinct().order_by(item.title)
+    titles = only(every_plan(query, list[Title], db))
+    assert titles == [{"title": "a"}, {"title": "b"}, {"title": "c"}]
+    query = item.select(item.title, item.owner).distinct().order_by(item.title, item.owner)
+    titles = only(every_plan(query, list[Title], db))
+    assert titles == [{"title": "a"}, {"title": "b"}, {"title": "b"}, {"title": "c"}]
+
+
+def test_a_union(db: Any, models: SimpleNamespace) -> None:
+    """A compound query is wrapped as it is."""
+    user = models.User
+    query = user.select().where(user.id == 1) | user.select().where(user.id < 3)
+    query = query.order_by(peewee.SQL("1"))
+    assert only(every_plan(query, list[UserOut], db)) == [ADA, BOB]
+
+
+def test_a_common_table_expression(db: Any, models: SimpleNamespace) -> None:
+    """The caller's WITH goes with the query."""
+    user, item = models.User, models.Item
+    owners = item.select(item.owner.alias("owner")).where(item.title == "c").cte("q")
+    query = user.select().join(owners, on=(owners.c.owner == user.id)).with_cte(owners)
+    assert only(every_plan(query, list[UserOut], db)) == [BOB]
+
+
+def test_joins_that_select(db: Any, models: SimpleNamespace) -> None:
+    """A row that a join selects is the relation, unless the join says more than the key does."""
+
+    class Owned(BaseModel):
+        title: str
+        owner: ItemOwner | None
+
+    item, user = models.Item, models.User
+    query = item.select(item, user).join(user).order_by(item.id)
+    expected = [("b", "Ada"), ("a", "Ada"), ("c", "Bob")]
+    found = only(every_plan(query, list[Owned], db))
+    assert [(each["title"], each["owner"]["name"]) for each in found] == expected
+    on = (item.owner == user.id) & (user.name == "Bob")
+    query = item.select(item, user).join(user, peewee.JOIN.LEFT_OUTER, on=on).order_by(item.id)
+    plans = Plans(list[Owned])
+    assert plans.plan(query).kind == "instances"
+    found = answer(plans.plan(query), plans, db)
+    assert [each["owner"] for each in found] == [None, None, {"name": "Bob"}]
+
+
+class ItemOwner(BaseModel):
+    name: str
+
+
+ODD = "100% \"%s\" 'it''s' %(x)s \\ `é` {v} ?"
+
+
+def test_percent_signs_and_quotes(db: Any) -> None:
+    """Percent signs, quotes and backslashes in values and names are theirs."""
+
+    class Odd(db.Model):
+        value = peewee.CharField(column_name="a \"b\" `c` 'd'")
+
+        class Meta:
+            table_name = "odd 'table' \"of\" `ours`"
+
+    class OddOut(BaseModel):
+        model_config = ConfigDict(populate_by_name=True)
+
+        value: str = Field(serialization_alias=ODD.replace("\\", ""))
+
+    db.create_tables([Odd])
+    Odd.create(value=ODD)
+    query = Odd.select().where((Odd.value == ODD) & Odd.value.contains("100%"))
+    assert only(every_plan(query, list[OddOut], db)) == [{ODD.replace("\\", ""): ODD}]
+
+
+def test_no_rows(db: Any, models: SimpleNamespace) -> None:
+    """No rows are an empty list, or null."""
+    query = models.User.select().where(models.User.id < 0)
+    assert only(every_plan(query, list[UserOut], db)) == []
+    assert only(every_plan(query, UserOut | None, db)) is None
+    with pytest.raises(models.User.DoesNotExist):
+        Plans(UserOut).load(query)
+
+
+def test_one_row_of_many(db: Any, models: SimpleNamespace) -> None:
+    """A response that is one object is the first row, and no other is asked for."""
+    query = models.User.select().order_by(models.User.id.desc())
+    assert only(every_plan(query, UserOut, db)) == EVE
+    assert "LIMIT" in Plans(UserOut).plan(query).statement(db)[0]
+
+
+def test_other_values_in_a_compiled_statement(
+    db: Any, models: SimpleNamespace, statements: list[str]
+) -> None:
+    """A query of the same shape is answered with its own values, and its own limit."""
+    plans = Plans(list[UserOut])
+    for name, limit, expected in (("Ada", 1, [ADA]), ("Bob", 2, [BOB]), ("Bob", 0, [])):
+        user = models.User
+        query = user.select().where(user.name == name).order_by(user.id).limit(limit)
+        assert read(plans.load(query), plans) == expected
+    assert len(statements) == 3
+
+
+def test_instances_are_not_changed(db: Any, models: SimpleNamespace) -> None:
+    """What an endpoint returns is completed in copies."""
+    instances = list(models.Item.select().order_by(models.Item.id))
+    before = [(dict(each.__dict__), dict(each.__rel__)) for each in instances]
+    plans = Plans(list[FullItemOut])
+    found = read(plans.load(instances), plans)
+    assert found[0]["owner"] == ADA
+    assert [(dict(each.__dict__), dict(each.__rel__)) for each in instances] == before
+
+
+def test_loaded_relations_are_not_read_again(
+    db: Any, models: SimpleNamespace, statements: list[str]
+) -> None:
+    """Rows that were prefetched, or set by hand, are those of the response."""
+    plans = Plans(list[UserOut])
+    query = models.User.select().order_by(models.User.id)
+    users = list(peewee.prefetch(query, models.Item.select().where(models.Item.title != "b")))
+    statements.clear()
+    found = read(plans.load(users), plans)
+    assert found[0]["items"] == [{"id": 2, "title": "a"}]
+    assert not statements
+    item = models.Item.get_by_id(3)
+    item.owner = models.User(id=9, name="New")
+    item.owner.items = []
+    statements.clear()
+    (found,) = read(Plans(list[FullItemOut]).load([item]), Plans(list[FullItemOut]))
+    assert found["owner"] == {"id": 9, "name": "New", "items": []}
+    assert len(statements) == 1  # the tags
+
+
+@pytest.mark.parametrize("kind", ["rows", "instances"])
+def test_all_statements_see_one_snapshot(
+    db: Any, models: SimpleNamespace, database_url: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What another connection commits between the statements of a plan is in none of them."""
+    plans = Plans(list[UserOut])
+    query = models.User.select().order_by(models.User.id)
+    found = plan(query, plans.response, db, as_json=False)
+    if kind == "instances":
+        found = InstancePlan(plans.response, query, "asked for")
+    execute = db.execute_sql
+    writes: list[str] = []
+
+    def interrupted(sql: str, params: Any = None) -> Any:
+        result = execute(sql, params)
+        if sql.startswith("SELECT") and not writes:
+            writes.append(sql)
+            with connection(database_url) as other:
+                other.execute_sql("UPDATE item SET title = 'changed'")
+        return result
+
+    monkeypatch.setattr(db, "execute_sql", interrupted)
+    assert answer(found, plans, db) == [ADA, BOB, EVE]
+    assert writes
+    assert answer(found, plans, db)[1]["items"] == [{"id": 3, "title": "changed"}]
+
+
+def test_sqlite_values_that_json_can_not_hold(sqlite_url: str) -> None:
+    """Bytes in a text column, and text that isn't JSON in a JSON column, are read as rows."""
+    with connection(sqlite_url) as db:
+
+        class Odd(db.Model):
+            text = peewee.TextField(null=True)
+            data = peewee.JSONField(null=True)
+
+        class OddOut(BaseModel):
+            text: str | None
+            data: Any
+
+        db.create_tables([Odd])
+        db.execute_sql("INSERT INTO odd (text, data) VALUES ('plain', '{\"a\": 1}')")
+        plans = Plans(list[OddOut])
+        assert isinstance(plans.load(Odd.select()), Texts)
+        db.execute_sql("INSERT INTO odd (text, data) VALUES (CAST('bytes' AS BLOB), '[1')")
+        expected = [{"text": "plain", "data": {"a": 1}}, {"text": "bytes", "data": "[1"}]
+        for _ in range(2):  # the statement is compiled now
+            assert read(plans.load(Odd.select().order_by(Odd.id)), plans) == expected
+        chosen = plans.plan(Odd.select().order_by(Odd.id))
+        assert chosen.kind == "json"
+        assert answer(chosen, plans, db) == expected
+        streamed = [json.loads(text) for texts in chosen.stream(db, 1) for text in texts]
+        assert streamed == expected
+
+
+def test_lists_longer_than_mariadb_aggregates(mysql_url: str) -> None:
+    """Lists of more than 1 MiB are whole; where the server cuts one, it is read as rows."""
+    with connection(mysql_url) as db:
+
+        class Parent(db.Model):
+            pass
+
+        class Child(db.Model):
+            text = peewee.TextField()
+            parent = peewee.ForeignKeyField(Parent, backref="children")
+
+        class ChildOut(BaseModel):
+            text: str
+
+        class ParentOut(BaseModel):
+            children: list[ChildOut]
+
+        db.create_tables([Parent, Child])
+        Parent.create()
+        length = 60_000
+        for letter in "abcdefghijklmnopqrst":
+            Child.create(parent=1, text=letter * length)
+        plans = Plans(list[ParentOut])
+        assert isinstance(plans.load(Parent.select()), Texts)
+        for most in (2**32 - 1, 100_000):
+            db.execute_sql(f"SET SESSION group_concat_max_len = {most}")
+            for found in (plans.load(Parent.select()), plans.plan(Parent.select()).load(db)):
+                (parent,) = read(found, plans)
+                texts = [child["text"] for child in parent["children"]]
+                assert len(texts) == 20
+                assert {len(text) for text in texts} == {length}
