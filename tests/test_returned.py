@@ -1,5 +1,6 @@
 """Endpoints that return queries, instances, or nothing: the response model decides what is read."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import peewee
@@ -281,6 +282,29 @@ async def test_a_transaction(db: Database, models: Models, kind: str) -> None:
     assert (response.status_code, response.json()) == (200, {"id": 3, "name": "Cleo", "items": []})
 
 
+@KINDS
+async def test_several_databases(db: Database, models: Models, tmp_path: Path, kind: str) -> None:
+    """What is returned is read from its own database, whichever the application has first."""
+    async with connected(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        others = Models(other)
+        await other.acreate_tables([others.User, others.Item])
+        bob = await others.User.acreate(name="Bob", id=2)
+        app = make_app(db)
+        Peewee(other).init_app(app)
+        one = prepared(others.User.select().where(others.User.id == param("id")), UserOut)
+        add(app, kind, "/first", lambda: models.User.select().where(models.User.id == 2),
+            response_model=UserOut)  # fmt: skip
+        for path, returns in [
+            ("/query", lambda: others.User.select()),
+            ("/prepared", lambda: one(id=2)),
+            ("/instance", lambda: bob),
+            ("/respond", lambda: respond(others.User.select(), UserOut)),
+        ]:
+            add(app, kind, path, returns, response_model=None if path == "/respond" else UserOut)
+            assert await answer(app, path) == (200, BOB)
+        assert await answer(app, "/first") == (200, BOB)
+
+
 async def test_the_document_says_what_the_response_model_says(db: Database, models: Models) -> None:
     """OpenAPI is as ever: the response model, whatever the endpoint returns."""
     app, plain = make_app(db), make_app(db, APIRoute)
@@ -425,6 +449,50 @@ async def test_explain_warns_of_a_missing_index(database_url: str) -> None:
         "items: there is no index on item.owner_id, so the whole table is read for each row of "
         "user."
     ]
+
+
+class Noted(BaseModel):
+    id: int
+    note: str
+
+
+async def test_explain_warns_of_nulls_that_the_type_does_not_allow(
+    db: Database, models: Models
+) -> None:
+    """The database builds JSON without validating it: a NULL is null, optional or not."""
+    app = make_app(db)
+    query = models.User.select().where(models.User.id == 1)
+    add(app, "def", "/", lambda: query, response_model=Noted)
+    assert await answer(app) == (200, {"id": 1, "note": None})
+    found = await db.run(explain, query, Noted)
+    assert found.warnings == [
+        "note: user.note may be NULL, which is sent as null, though Noted.note isn't optional."
+    ]
+    assert (await db.run(explain, query, Aliased)).warnings == []
+
+
+class Page(BaseModel):
+    total: int
+    users: list[UserOut]
+
+
+async def test_instances_inside_of_something_else(db: Database, models: Models) -> None:
+    """Of instances in a dictionary the relations aren't loaded: an `async def` endpoint says so."""
+    app = make_app(db)
+
+    @app.get("/", response_model=Page)
+    async def lazy() -> Any:
+        return {"total": 2, "users": await db.list(models.User.select())}
+
+    @app.get("/loaded", response_model=Page)
+    async def loaded() -> Any:
+        query = models.User.select().order_by(models.User.id).with_related(models.User.items)
+        return {"total": 2, "users": await db.list(query)}
+
+    with pytest.raises(LazyLoad, match=r"^User\.items was read .* of \S+lazy \(/\)"):
+        async with client(app, raises=True) as http:
+            await http.get("/")
+    assert await answer(app, "/loaded") == (200, {"total": 2, "users": [ADA, BOB]})
 
 
 class Loud(BaseModel):

@@ -4,8 +4,8 @@ Nothing here knows of requests; `routing` and `responses` call it where a connec
 """
 
 import functools
-from collections.abc import Hashable, Mapping
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ import peewee
 from peewee import Model
 
 from .columns import base_model
-from .database import NotBuilt
+from .database import Database, NotBuilt
 from .plans import Compiled, JsonPlan, Plan, Texts, plan
 from .reading import complete
 from .shapes import shape_of, with_values
-from .trees import Response
+from .trees import Leaf, Relation, Response, Tree
 
 #: How many compiled statements a response type keeps.
 _SHAPES_KEPT = 256
@@ -68,32 +68,38 @@ class Plans:
             peewee.DoesNotExist: there is no row, and the type is neither a list nor optional.
             TypeError: a query that can't be answered with.
         """
-        if is_query(value):
-            if not isinstance(value, PreparedQuery):
-                loaded = self._load_query(value)
-            elif self._as_json and self._by_alias:
-                loaded = value.load()
-            else:
-                loaded = self._load_query(value.query)
-            if loaded is None or (isinstance(loaded, Texts) and not (loaded.many or loaded.texts)):
-                self._check_missing(getattr(value, "model", None))
-            return loaded
-        if value is None:
-            if self._type is not None:
+        if not self.needs_database(value):
+            if value is None and self._type is not None:
                 self._check_missing(None)
-        elif self.incomplete(value):
-            many = isinstance(value, list)
-            instances = value if many else [value]
-            completed = complete(database_of(instances[0]), instances, self.response)
-            return completed if many else completed[0]
-        return value
+            return value
+        db = database_of(value)
+        # Of an application's databases, a route holds a connection of the first one.
+        elsewhere = isinstance(db, Database) and db._state.homeless
+        with db.connection_context() if elsewhere else nullcontext():
+            return self._load_query(value) if is_query(value) else self._complete(db, value)
 
     def plan(self, query: Any) -> Plan:
         """The plan for a query, which isn't kept."""
         db = database_of(query)
         return plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
 
+    def _complete(self, db: Any, value: Any) -> Any:
+        if isinstance(value, list):
+            return complete(db, value, self.response)
+        return complete(db, [value], self.response)[0]
+
     def _load_query(self, query: Any) -> Any:
+        if not isinstance(query, PreparedQuery):
+            loaded = self._load_plain(query)
+        elif self._as_json and self._by_alias:
+            loaded = query.load()
+        else:
+            loaded = self._load_plain(query.query)
+        if loaded is None or (isinstance(loaded, Texts) and not (loaded.many or loaded.texts)):
+            self._check_missing(getattr(query, "model", None))
+        return loaded
+
+    def _load_plain(self, query: Any) -> Any:
         if self._type in (None, Any):
             raise TypeError(
                 "A query was returned, but the route has no response model, which would say what "
@@ -227,7 +233,7 @@ class Explanation:
             for each relation, validated by Pydantic) or "instances" (Peewee's, likewise).
         reason: why it isn't a faster plan; empty for "json".
         sql, params: the statement, of "rows" and "instances" the first one.
-        warnings: what will make it slow.
+        warnings: what will make it slow, and which nulls will be sent that the type doesn't allow.
     """
 
     plan: str
@@ -254,9 +260,11 @@ def explain(query: Any, type_: Any) -> Explanation:
     db.connection()  # what the server is decides what it understands
     chosen = plans.plan(plain)
     sql, params = chosen.statement(db)
-    warnings = []
+    warnings: list[str] = []
     if plans.response.schema is not None and isinstance(plain, peewee.BaseModelSelect):
         for tree in plans.response.tree(base_model(plain)).all():
+            if chosen.kind == "json":
+                warnings += _nulls(tree)
             for relation in tree.relations:
                 if relation.many and not _indexed(db, relation.fk):
                     table, column = relation.fk.model._meta.table_name, relation.fk.column_name
@@ -265,6 +273,18 @@ def explain(query: Any, type_: Any) -> Explanation:
                         f"table is read for each row of {tree.model._meta.table_name}."
                     )
     return Explanation(chosen.kind, chosen.reason, sql, list(params), warnings)
+
+
+def _nulls(tree: Tree) -> Iterator[str]:
+    """Columns that may be NULL where the response type has no `None`: the database doesn't mind."""
+    for part in tree.fields:
+        field = part.fk if isinstance(part, Relation) and not part.many else None
+        field = part.field if isinstance(part, Leaf) else field
+        if field is not None and field.null and not part.nullable and not part.excluded:
+            yield (
+                f"{part.name}: {field.model._meta.table_name}.{field.column_name} may be NULL, "
+                f"which is sent as null, though {tree.schema.__name__}.{part.name} isn't optional."
+            )
 
 
 def _indexed(db: Any, field: Any) -> bool:
@@ -276,7 +296,9 @@ def _indexed(db: Any, field: Any) -> bool:
 
 
 def database_of(value: Any) -> Any:
-    """The database of a query or of an instance."""
+    """The database of a query, of an instance, or of a list of these."""
+    if isinstance(value, list):
+        value = value[0]
     if isinstance(value, PreparedQuery):
         value = value._prepared.plain
     db = value._meta.database if isinstance(value, Model) else value._database

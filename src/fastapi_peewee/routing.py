@@ -30,8 +30,9 @@ from fastapi.routing import (
 )
 from starlette.background import BackgroundTask, BackgroundTasks
 
+from .database import Database
 from .handlers import CONFLICT, NOT_FOUND
-from .loading import Plans
+from .loading import Plans, database_of
 from .plans import Texts
 from .responses import QueryResponse
 from .state import RequestScope, lazy_loads_forbidden
@@ -134,7 +135,7 @@ class _Answers:
 
     def __init__(self, route: Any, endpoint: Callable[..., Any], field: Any) -> None:
         self._field = field
-        self._name = f"{getattr(endpoint, '__qualname__', repr(endpoint))} ({route.path})"
+        self.name = f"{getattr(endpoint, '__qualname__', repr(endpoint))} ({route.path})"
         self._as_bytes = isinstance(route.response_class, DefaultPlaceholder)
         self._options = {
             "include": route.response_model_include,
@@ -171,7 +172,7 @@ class _Answers:
     def _no_lazy_loads(self) -> AbstractContextManager[None]:
         request = RequestScope.current.get()
         forbidden = request is not None and request.forbids_lazy_loads
-        return lazy_loads_forbidden(self._name) if forbidden else nullcontext()
+        return lazy_loads_forbidden(self.name) if forbidden else nullcontext()
 
     def serialise(self, outcome: tuple[Any, Any, list[Any]]) -> Any:
         returned, value, errors = outcome
@@ -206,8 +207,13 @@ def _answering(
         if isinstance(returned, Response):
             return returned
         if answers.needs_database(returned):
-            return await _database().call(partial(answers.load, returned), answers.serialise)
-        return answers.serialise(answers.load(returned))
+            db = database_of(returned)
+            db = db if isinstance(db, Database) else _database()
+            return await db.call(partial(answers.load, returned), answers.serialise)
+        # A query would be refused here, on the event loop, but Pydantic would hide why.
+        with lazy_loads_forbidden(answers.name):
+            outcome = answers.load(returned)
+        return answers.serialise(outcome)
 
     call = on_the_loop if _is_coroutine_callable(endpoint) else in_one_hop
     # FastAPI names the endpoint's file and line in its errors.

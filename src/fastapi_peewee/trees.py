@@ -44,6 +44,7 @@ class Leaf:
         field: the model's field; None where the query must select something of the name `key`.
         core: Pydantic's schema of one value, without defaults and `None`.
         excluded: it is validated but not in the JSON.
+        nullable: whether `None` is a value.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Leaf:
     field: Any
     core: dict[str, Any]
     excluded: bool = False
+    nullable: bool = False
 
     @property
     def column(self) -> Any:
@@ -296,10 +298,10 @@ class Response:
             if getattr_static(model, key, None) is not None:
                 tree.instances.append(f"{key} is an attribute of {model.__name__}, but no column")
             else:  # selected beside the model's columns, or the plan is one with instances
-                tree.fields.append(Leaf(name, alias, key, None, core, excluded))
+                tree.fields.append(Leaf(name, alias, key, None, core, excluded, nullable))
             return
         if isinstance(found, peewee.Field) and not _is_relation(model, key, found):
-            tree.fields.append(Leaf(name, alias, key, found, core, excluded))
+            tree.fields.append(Leaf(name, alias, key, found, core, excluded, nullable))
             return
         metadata = tree.schema.model_fields[name].metadata
         many = not isinstance(found, peewee.ForeignKeyField)
