@@ -67,6 +67,10 @@ class ItemLabel(Base):
         schema = "other"
 
 
+class Note(Base):
+    author = peewee.ForeignKeyField(User, field="name", backref="notes")
+
+
 class Membership(Base):
     user = peewee.ForeignKeyField(User)
     group = peewee.CharField()
@@ -178,6 +182,9 @@ QUERIES: dict[str, Make] = {
     "an instance elsewhere": lambda i, s: Item.select().where(Item.id == User(id=i)),
     "an instance in a function": lambda i, s: Item.select(fn.COALESCE(User(id=i), s)),
     "an instance of another model": lambda i, s: Item.select().where(Item.owner == Item(id=i)),
+    "an instance by another column": lambda i, s: Note.select().where(
+        (Note.author == User(id=i, name=s)) | (Note.id == User(id=i, name=s))
+    ),
     "a backref": lambda i, s: User(id=i).items.where(Item.title == s),
     "a uuid": lambda i, s: ItemLabel.select().where(
         ItemLabel.label == Label(id=uuid.UUID(int=i)), ItemLabel.label != str(uuid.UUID(int=i))
@@ -307,6 +314,102 @@ def test_no_two_of_these_queries_have_one_key() -> None:
     makes = {**QUERIES, **ON_POSTGRES_ALONE}
     keys = [taken(make(1, "a")).key for make in makes.values()]
     assert len(set(keys)) == len(makes)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        (fn.F([1, 2], 3), fn.F([1], 2, 3), fn.F([1, 2, 3]), fn.F(1, 2, 3), fn.F([], 1, 2, 3)),
+        (fn.F(fn.F(1), 2), fn.F(fn.F(1, 2)), fn.F(fn.F(), 1, 2)),
+        (SQL("?"), SQL("?", [1]), SQL("??", [1, 2])),
+        (User.age == 1, User.age == None, User.age.is_null(False), User.age != 1),  # noqa: E711
+        (Case(None, [(1, 2)]), Case(1, [(2, 3)]), Case(None, [(1, 2)], 3), Case(1, [(2, 3)], 4)),
+        (Value(1), Value([1]), Value(1, False), Value(1, str), Value([1], False)),
+        (fn.F(1).filter(User.age), fn.F(1).order_by(User.age), fn.F(1, User.age)),
+        (User.age + 1 + 2, User.age + (1 + User.age), peewee.NodeList((User.age, 1, 2))),
+    ],
+    ids=["lists", "calls", "raw", "null", "cases", "values", "clauses", "sums"],
+)
+def test_near_misses(nodes: tuple[Any, ...]) -> None:
+    """Nodes with the same values in another arrangement have other keys."""
+    keys = {taken(User.select().where(node)).key for node in nodes}
+    assert len(keys) == len(nodes)
+    for one in nodes:
+        template = compiled(User.select().where(one))
+        assert template.sql == User.select().where(one).sql()[0]
+
+
+def window(order_by: Any = None, **options: Any) -> Any:
+    window = Window(order_by=[User.id], **options)
+    return User.select(fn.RANK().over(window), fn.SUM(1).over(order_by=order_by)).window(window)
+
+
+def frame(**options: Any) -> Any:
+    return User.select(fn.SUM(User.age).over(order_by=[User.id], **options))
+
+
+def one_window(inline: bool) -> Any:
+    return peewee.Select((User,), (SQL("1"),)).window(Window(order_by=[User.id], _inline=inline))
+
+
+def locked(**options: Any) -> Any:
+    return User.select().for_update("FOR UPDATE", **options)
+
+
+def listed(*columns: str) -> Any:
+    rows = ValuesList([(1, 2)], columns=columns, alias="v")
+    return rows.select(SQL("*"))
+
+
+def with_columns(*columns: str) -> Any:
+    cte = User.select(User.id, User.age).cte("x", columns=columns)
+    return cte.select_from(SQL("*"))
+
+
+def two_tables(left: int, right: int, first: int) -> Any:
+    tables = peewee.Table("a").alias("x"), peewee.Table("b").alias("y")
+    on = tables[left].c.i == tables[right].c.j
+    return tables[first].join(tables[1 - first], on=on).select(SQL("1"))
+
+
+def two_subqueries(left: int, right: int) -> Any:
+    inner = [peewee.Table("a").select(SQL("1")) for _ in range(2)]
+    return peewee.Select(inner, (SQL("1"),)).where(inner[left].c.i == inner[right].c.i)
+
+
+@pytest.mark.parametrize(
+    "queries",
+    [
+        [window(alias="w"), window(alias="v"), window([User.id], alias="w")],
+        [one_window(True), one_window(False)],
+        [
+            frame(),
+            *(
+                frame(start=Window.preceding(n), frame_type=t)
+                for n in (1, 2)
+                for t in (None, "RANGE")
+            ),
+            frame(start=Window.preceding(1), end=Window.CURRENT_ROW),
+            frame(start=Window.preceding(1), exclude=Window.TIES),
+        ],
+        [locked(), locked(nowait=True), locked(skip_locked=True), locked(of=User)],
+        [listed("a", "b"), listed("b", "a"), listed("a")],
+        [with_columns("a", "b"), with_columns("b", "a"), with_columns("a")],
+        [two_tables(*numbers) for numbers in ((0, 1, 0), (1, 0, 0), (0, 0, 0), (0, 1, 1))],
+        [two_subqueries(*numbers) for numbers in ((0, 1), (0, 0), (1, 0))],
+        [User.select().where(node == "1") for node in (~User.age, (~User.age).coerce(False))],
+    ],
+    ids=["windows", "inline", "frames", "locks", "values", "tables", "joins", "subqueries", "not"],
+)
+def test_near_misses_of_queries(queries: list[Any]) -> None:
+    """What differs in a window, a lock, a source or its columns only has another key."""
+    made = {}
+    for query in queries:
+        sql, parameters = POSTGRES.get_sql_context().parse(query)
+        made[taken(query).key] = sql, repr(exactly(parameters))
+        assert_binds(compiled(query, POSTGRES), query, POSTGRES)
+    assert len(made) == len(queries)
+    assert len(set(made.values())) == len(queries)
 
 
 def with_list(query: Any, *items: Any) -> Any:
@@ -649,7 +752,7 @@ def test_a_query_that_has_changed_since_is_refused() -> None:
     """A shape is of its moment."""
     query = User.select().where(User.id == 1)
     shape = taken(query)
-    query._limit = 1
+    query._where = User.age == 1
     assert compile_template(query, shape, SQLITE) is None
 
 
