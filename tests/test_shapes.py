@@ -369,7 +369,7 @@ def with_columns(*columns: str) -> Any:
 def two_tables(left: int, right: int, first: int) -> Any:
     tables = peewee.Table("a").alias("x"), peewee.Table("b").alias("y")
     on = tables[left].c.i == tables[right].c.j
-    return tables[first].join(tables[1 - first], on=on).select(SQL("1"))
+    return tables[first].join(tables[1 - first], on=on).select(*(table.c.i for table in tables))
 
 
 def two_subqueries(left: int, right: int) -> Any:
