@@ -24,7 +24,7 @@ class Counts(NamedTuple):
     round_trips: float
 
 
-class Counter:
+class Tally:
     """Counts that grow, and how to hand a server its part."""
 
     def __init__(self, url: str, settings: dict[str, str], read: Callable[[], Counts]) -> None:
@@ -41,7 +41,7 @@ class Counter:
 
 
 @contextmanager
-def counted(database_url: str) -> Iterator[Counter]:
+def counted(database_url: str) -> Iterator[Tally]:
     """Count what is sent to a database by a server that gets the counter's settings."""
     if database_url.startswith("sqlite:"):
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -52,11 +52,11 @@ def counted(database_url: str) -> Iterator[Counter]:
                 statements = log.read_bytes().count(b"\n")
                 return Counts(statements, statements)
 
-            yield Counter(database_url, {"STATEMENT_LOG": str(log)}, read)
+            yield Tally(database_url, {"STATEMENT_LOG": str(log)}, read)
     else:
         relay = _Relay(database_url)
         try:
-            yield Counter(relay.url, {}, relay.read)
+            yield Tally(relay.url, {}, relay.read)
         finally:
             relay.close()
 

@@ -79,7 +79,7 @@ class Sample:
     load_busy: float
 
 
-def measure(server: Server, workload: Workload, *, seconds: int, connections: int) -> Sample:
+def measure(server: Server, workload: Workload, seconds: int, connections: int) -> Sample:
     """Warm the server up, then load it, with so many connections at a time."""
     command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s"]
     command += [f"--timeout={_TIMEOUT}s", f"--script={_SCRIPT}", server.url, "--"]

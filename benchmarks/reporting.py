@@ -10,6 +10,13 @@ from .results import Report, Result
 from .stacks import DATABASES, OURS, WORKLOADS
 
 _BEGIN, _END = "<!-- results: written by the command -->", "<!-- end of the results -->"
+_PICTURE = """\
+![Bars: requests a second of each way, for each kind of request on each database. The numbers are in
+the tables below.](images/benchmarks.png)"""
+_DATA = """\
+The same numbers, round by round, with the time until an answer came and the share of its core that
+the server used: [benchmarks.json](benchmarks.json)."""
+_CPU = "the server’s processor time for a request, in microseconds"
 _COUNTS = {
     "sqlite": "statements for a request",
     "postgresql": "statements for a request, and round trips",
@@ -31,13 +38,16 @@ def screen_tables(report: Report) -> Iterator[Table]:
             table.add_row(stack, *cells, style="bold" if stack == OURS else "")
         yield table
     for database in report.databases():
-        table = _table(f"{DATABASES[database]}: {_COUNTS[database]}")
-        headings, *rows = _count_rows(report, database)
-        for heading in headings:
-            table.add_column(heading, justify="right" if table.columns else "left")
-        for row in rows:
-            table.add_row(*row)
-        yield table
+        for what, rows in (
+            (_COUNTS[database], _count_rows(report, database)),
+            (_CPU, _cpu_rows(report, database)),
+        ):
+            table = _table(f"{DATABASES[database]}: {what}")
+            for heading in next(rows):
+                table.add_column(heading, justify="right" if table.columns else "left")
+            for row in rows:
+                table.add_row(*row)
+            yield table
 
 
 def _table(title: str) -> Table:
@@ -63,6 +73,8 @@ def markdown(report: Report) -> str:
     for database in report.databases():
         counts = _markdown_table(list(_count_rows(report, database)))
         parts.append(f"### {DATABASES[database]}: {_COUNTS[database]}\n\n{counts}")
+        cpu = _markdown_table(list(_cpu_rows(report, database)))
+        parts.append(f"### {DATABASES[database]}: {_CPU}\n\n{cpu}")
     parts.append("### Conditions\n\n" + "; ".join(_conditions(report)) + ".")
     if remarks := list(report.remarks()):
         parts.append("### Remarks\n\n" + "\n".join(f"- {remark}" for remark in remarks))
@@ -70,12 +82,13 @@ def markdown(report: Report) -> str:
 
 
 def write_page(report: Report, page: Path) -> None:
-    """Put the results into a page, where its markers are."""
+    """Put the results into docs/benchmarks.md, where its markers are."""
     before, begin, rest = page.read_text().partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (begin and end):
         raise ValueError(f"{page} has no lines {_BEGIN} and {_END}")
-    page.write_text(f"{before}{begin}\n\n{markdown(report)}\n\n{end}{after}")
+    results = f"{_PICTURE}\n\n{markdown(report)}\n\n{_DATA}"
+    page.write_text(f"{before}{begin}\n\n{results}\n\n{end}{after}")
 
 
 def _bold(text: str, stack: str | None = None) -> str:
@@ -109,6 +122,13 @@ def _count_rows(report: Report, database: str) -> Iterator[list[str]]:
     for stack in report.stacks():
         found = (report.find(database, stack, name) for name in report.workloads())
         yield [stack, *(_counts(result) for result in found)]
+
+
+def _cpu_rows(report: Report, database: str) -> Iterator[list[str]]:
+    yield ["stack", *report.workloads()]
+    for stack in report.stacks():
+        found = (report.find(database, stack, name) for name in report.workloads())
+        yield [stack, *(f"{result.cpu * 1e6:,.0f}" if result else "–" for result in found)]
 
 
 def _counts(result: Result | None) -> str:

@@ -10,6 +10,8 @@ from .counting import Counts
 from .loading import Sample
 from .stacks import CONTROL, OURS
 
+OTHER_WORK = "in use before"
+
 
 @dataclass
 class Result:
@@ -28,6 +30,11 @@ class Result:
     def rate(self) -> float:
         """Requests a second: the median over the rounds."""
         return statistics.median(sample.rate for sample in self.samples)
+
+    @property
+    def cpu(self) -> float:
+        """Processor time of the server for a request: the median, in seconds."""
+        return statistics.median(sample.busy / max(sample.rate, 1) for sample in self.samples)
 
     @property
     def failed(self) -> int:
@@ -75,11 +82,13 @@ class Report:
     def remarks(self) -> Iterator[str]:
         """What a reader of the numbers has to know, worst first."""
         yield from self.notes
-        other_work = float(self.conditions.get("load average before", 0))
-        if other_work > 0.5:
+        other_work = float(self.conditions.get(OTHER_WORK, "0").removesuffix(" %"))
+        if other_work > 10:
             yield (
-                f"The machine had other work to do (a load average of {other_work} before), so the "
-                "numbers are low and uneven. Measure again when it has none."
+                f"The machine had other work to do: before, its cores were in use {other_work:g} % "
+                "of the time. So the rates are low, uneven and unfair, since a server with many "
+                "threads then gets more of a core than one with one. Processor times suffer less. "
+                "Measure again when it has none."
             )
         for result in self.results:
             where = f"{result.stack}, {result.workload}, {result.database}"

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from experiment.serving import ExperimentError, Server, serve
 
 from .checking import Answers, answers, ask, differences
-from .counting import Counter, Counts, counted
+from .counting import Counts, Tally, counted
 from .databases import USERS, Filled, filled_database
 from .loading import measure, pinned, require_wrk, two_cores
-from .results import Report, Result
+from .results import OTHER_WORK, Report, Result
 from .stacks import CONTROL, DATABASES, OURS, STACKS, WORKLOADS, Workload
 
 _PACKAGES = (
@@ -38,6 +40,7 @@ _PACKAGES = (
     "piccolo",
 )
 _UVICORN = ("--workers", "1", "--loop", "uvloop", "--http", "httptools")
+_SYNCHRONOUS = {"0": "OFF", "1": "NORMAL", "2": "FULL", "3": "EXTRA"}
 _WARMING_REQUESTS = 80
 _COUNTED_REQUESTS = 10
 
@@ -79,30 +82,27 @@ def run(plan: Plan, on_step: Callable[[str], None]) -> Report:
         }
         for name, database in filled.items():
             report.conditions[DATABASES[name]] = database.version
+            if level := _SYNCHRONOUS.get(database.synchronous):
+                report.conditions["SQLite’s journal"] = f"WAL, synchronous {level}"
         stack.enter_context(pinned(load_core))
         started = [
             (name, stack_name)
             for name in plan.databases
             for stack_name in _check(plan, name, filled[name], report, on_step)
         ]
+        errors: Counter[str] = Counter()
         for number in range(1, plan.rounds + 1):
             for name, stack_name in started:
-                here = [
-                    result
-                    for result in report.results
-                    if (result.database, result.stack) == (name, stack_name)
-                ]
                 with _serving(plan, name, stack_name, filled[name], server_core) as server:
-                    for result in here:
-                        on_step(f"round {number}: {stack_name}, {result.workload}, {name}")
-                        result.samples.append(
-                            measure(
-                                server,
-                                WORKLOADS[result.workload],
-                                seconds=plan.seconds,
-                                connections=plan.connections,
-                            )
-                        )
+                    for result in report.results:
+                        if (result.database, result.stack) == (name, stack_name):
+                            on_step(f"round {number}: {stack_name}, {result.workload}, {name}")
+                            workload = WORKLOADS[result.workload]
+                            sample = measure(server, workload, plan.seconds, plan.connections)
+                            result.samples.append(sample)
+                for error, count in server.errors.items():
+                    errors[f"{stack_name}, {name}, in the server’s log: {error}"] += count
+    report.notes += [f"{error} ({count} ×)" for error, count in errors.items()]
     return report
 
 
@@ -150,7 +150,7 @@ def _answers_and_counts(
         return found, {name: _count(client, counter, WORKLOADS[name]) for name in plan.workloads}
 
 
-def _count(client: httpx.Client, counter: Counter, workload: Workload) -> Counts:
+def _count(client: httpx.Client, counter: Tally, workload: Workload) -> Counts:
     """What one request of a workload sends, when all that is done once has been done."""
 
     def request(number: int) -> None:
@@ -212,7 +212,7 @@ def _conditions(plan: Plan, wrk: str, is_pinned: bool) -> dict[str, str]:
     return {
         "machine": _machine(),
         "load": f"{plan.connections} connections, {plan.rounds} × {plan.seconds} s",
-        "load average before": f"{os.getloadavg()[0]:.1f}",
+        OTHER_WORK: f"{psutil.cpu_percent(interval=2):.0f} %",
         "cores": "the server on one, wrk on another" if is_pinned else "not bound to any",
         "wrk": wrk,
         **versions,

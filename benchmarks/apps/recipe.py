@@ -68,7 +68,9 @@ class Item(peewee.Model):
 
 
 class UserRead(contract.User):
-    items: Annotated[list[contract.Item], BeforeValidator(list)]
+    items: Annotated[
+        list[contract.Item], BeforeValidator(lambda items: list(items.order_by(Item.id)))
+    ]
 
 
 async def reset_db_state() -> None:
