@@ -24,6 +24,7 @@ ORDER = [
     "blocks",
     "verbs",
     "database",
+    "libpq",
     "backends",
     "values",
     "schemas",

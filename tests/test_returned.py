@@ -87,16 +87,10 @@ async def models(db: Database) -> Models:
 
 
 @pytest.fixture
-async def statements(db: Database, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+async def statements(db: Database) -> list[str]:
     """The SQL that the database is sent."""
     seen: list[str] = []
-    execute = db.execute_sql
-
-    def noting(sql: str, params: Any = None) -> Any:
-        seen.append(sql)
-        return execute(sql, params)
-
-    monkeypatch.setattr(db, "execute_sql", noting)
+    db.query_hooks.append(lambda event: seen.append(event.sql))
     return seen
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 import re
 import sqlite3
@@ -9,6 +10,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
+from threading import get_ident
 from typing import Any
 from urllib.parse import urlparse
 
@@ -16,7 +18,7 @@ import peewee
 
 from .blocks import Atomic
 from .database import Database, NotBuilt, encoded
-from .state import Lease, translate_driver_errors
+from .state import Lease, forbid_lazy_load, translate_driver_errors
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
@@ -219,6 +221,26 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     def taints(self, sql: str) -> bool:
         # What SET LOCAL sets ends with the transaction; on MySQL it is for the session.
         return not (sql.startswith("SET LOCAL ") and ";" not in sql) and super().taints(sql)
+
+    def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
+        lease = self._state.lease()
+        if (
+            lease is not None
+            and lease.owner == get_ident()
+            and not self.query_hooks
+            and not peewee.logger.isEnabledFor(logging.DEBUG)
+            and not self.taints(sql)
+        ):
+            forbid_lazy_load()
+            self._state.guard()
+            statements = lease.root.held.statements
+            if statements is None:
+                from .libpq import Statements
+
+                statements = lease.root.held.statements = Statements(lease.root.held.conn)
+            if statements.usable and (texts := statements.texts(sql, params)) is not None:
+                return texts
+        return super().read_texts(sql, params)
 
     def texts(self, cursor: Any) -> list[bytes]:
         result = cursor.pgresult  # as libpq has them: unread, in UTF-8

@@ -447,12 +447,16 @@ class Database(peewee.Database):
         """A cursor that leaves the rows with the server until they are fetched."""
         return self.cursor()
 
-    def texts(self, cursor: Any) -> Sequence[bytes]:
-        """The first column of all rows, which is text, in UTF-8.
+    def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
+        """Run a statement whose rows are one text each; return these, in UTF-8.
 
         Raises:
             NotBuilt: the database couldn't put all of a row into it.
         """
+        return self.texts(self.execute_sql(sql, params))
+
+    def texts(self, cursor: Any) -> Sequence[bytes]:
+        """The first column of all rows of a cursor."""
         return encoded(cursor.fetchall())
 
     def refuses_json(self, error: Exception) -> bool:

@@ -107,7 +107,7 @@ class JsonPlan(Plan):
     def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
         with _refused_json(db), translate_driver_errors:
-            return Texts(db.texts(db.execute_sql(sql, params)), self.response.many)
+            return Texts(db.read_texts(sql, params), self.response.many)
 
     def compile(self, db: Any, shape: Shape) -> "Compiled | None":
         """What loads all queries of this shape. None if values and parameters can't be matched."""

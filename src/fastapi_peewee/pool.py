@@ -63,12 +63,13 @@ class PoolStats(NamedTuple):
 class _Held:
     """A connection and what the pool remembers of it."""
 
-    __slots__ = ("conn", "epoch", "opened_at", "used_at")
+    __slots__ = ("conn", "epoch", "opened_at", "statements", "used_at")
 
     def __init__(self, conn: Any, epoch: int, now: float) -> None:
         self.conn = conn
         self.epoch = epoch
         self.opened_at = self.used_at = now
+        self.statements: Any = None  # of the database's making
 
 
 class Pool:
