@@ -35,6 +35,10 @@ class UserOut(BaseModel):
     items: list[ItemOut]
 
 
+class ItemLess(BaseModel):
+    id: int
+
+
 class Aliased(BaseModel):
     model_config = ConfigDict(populate_by_name=True)
 
@@ -344,6 +348,7 @@ async def test_respond(
         ("/optional", lambda: User.select().where(User.id == 9), UserOut | None),
         ("/checked", lambda: User.select().where(User.id == 1), Checked),
         ("/instance", lambda: ada, UserOut),
+        ("/instances", lambda: [ada], list[UserOut]),
         ("/dictionary", lambda: {**ADA, "more": 1}, UserOut),
     ]:
         add(app, kind, path,
@@ -357,6 +362,7 @@ async def test_respond(
     assert await answer(app, "/optional") == (201, None)
     assert await answer(app, "/checked") == (201, {**ADA, "name": "ADA"})
     assert await answer(app, "/instance") == (201, ADA)
+    assert await answer(app, "/instances") == (201, [ADA])
     assert await answer(app, "/dictionary") == (201, ADA)
     async with client(app) as http:
         response = await http.get("/one")
@@ -396,6 +402,26 @@ async def test_prepared_where_the_database_can_not_build_the_json(
     add(app, "def", "/", lambda: one(id=1), response_model=Checked)
     for _ in range(2):
         assert await answer(app) == (200, {**ADA, "name": "ADA"})
+
+
+@KINDS
+async def test_the_response_model_has_the_last_word(
+    db: Database, models: Models, kind: str
+) -> None:
+    """What was prepared for another type is answered as the route's response model says."""
+    User = models.User
+    one = prepared(User.select().where(User.id == param("id")), UserOut)
+    app = make_app(db)
+    add(app, kind, "/", lambda: one(id=1), response_model=ItemLess)
+    add(app, kind, "/list", lambda: one(id=1), response_model=list[ItemLess])
+    add(app, kind, "/none", lambda: one(id=1), response_model=None)
+    add(app, kind, "/respond", lambda: respond(one(id=1), ItemLess), response_model=None)
+    assert await answer(app) == (200, {"id": 1})
+    assert await answer(app, "/list") == (200, [{"id": 1}])
+    assert await answer(app, "/respond") == (200, {"id": 1})
+    with pytest.raises(TypeError, match="no response model"):
+        async with client(app, raises=True) as http:
+            await http.get("/none")
 
 
 async def test_prepared_with_wrong_values(db: Database, models: Models) -> None:

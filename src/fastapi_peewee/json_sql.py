@@ -32,6 +32,10 @@ _TEXTS = (peewee.CharField, peewee.TextField)
 #: What Pydantic's type may say beside its name: nothing that a value could fail or be changed by.
 _NEUTRAL = {"type", "metadata", "microseconds_precision", "ref"}
 
+#: The names of what is around the caller's queries begin so. An alias of the caller's by the same
+#: name would hide them, and so would, in `row_to_json()`, a column.
+_SOURCE = "_fp"
+
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__name__}"
@@ -251,7 +255,7 @@ class JsonSql:
             raise NoJson(f"{tree.schema.__name__} has no fields or more than {self.most_pairs}")
         for part in shown:
             key = part.alias if self.by_alias else part.name
-            if len(key.encode()) > self.longest_key or "\0" in key or "\\" in key:
+            if not key or len(key.encode()) > self.longest_key or "\0" in key or "\\" in key:
                 raise NoJson(f"{key!r} is too long or too odd a name")
             value = column(narrowed.place(part))
             if isinstance(part, Relation):
@@ -296,7 +300,7 @@ class JsonSql:
     def _children(self, relation: Relation, link: Any) -> Any:
         query = relation.children()
         check(query, relation.tree)
-        return query.where(relation.target(query) == link)
+        return relation.only(query, relation.target(query) == link)
 
     def _narrowed(self, relation: Relation, query: Any) -> Narrowed:
         try:
@@ -306,7 +310,7 @@ class JsonSql:
 
     def _name(self) -> str:
         self._sources += 1
-        return f"q{self._sources}"
+        return f"{_SOURCE}{self._sources}"
 
 
 class _Wrapping(JsonSql):
@@ -316,7 +320,7 @@ class _Wrapping(JsonSql):
     aggregate: str
 
     def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
-        return f"SELECT {self._object(tree, narrowed, 'q')} FROM (", ") q"
+        return f"SELECT {self._object(tree, narrowed, _SOURCE)} FROM (", f") {_SOURCE}"
 
     def child(self, relation: Relation, link: Part) -> Part:
         narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
@@ -362,8 +366,9 @@ class PostgresqlJson(_Wrapping):
     longest_key = 63  # longer names are cut, silently
 
     def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
-        values = self._values(tree, narrowed, "q")
-        return f"SELECT row_to_json(r)::text FROM (SELECT {values} FROM (", ") q) r"
+        values = self._values(tree, narrowed, _SOURCE)
+        before = f"SELECT row_to_json({_SOURCE}r)::text FROM (SELECT {values} FROM ("
+        return before, f") {_SOURCE}) {_SOURCE}r"
 
     def child(self, relation: Relation, link: Part) -> Part:
         narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
@@ -371,7 +376,7 @@ class PostgresqlJson(_Wrapping):
         values = self._values(relation.tree, narrowed, name)
         text, params = self._text(narrowed.query)
         self.params += params
-        rows = f"SELECT row_to_json(r{name}) FROM (SELECT {values} FROM ({text}) {name}) r{name}"
+        rows = f"SELECT row_to_json({name}r) FROM (SELECT {values} FROM ({text}) {name}) {name}r"
         return f"array_to_json(array({rows}))" if relation.many else f"({rows})"
 
     def _values(self, tree: Tree, narrowed: Narrowed, name: str) -> str:

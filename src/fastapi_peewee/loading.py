@@ -91,7 +91,7 @@ class Plans:
     def _load_query(self, query: Any) -> Any:
         if not isinstance(query, PreparedQuery):
             loaded = self._load_plain(query)
-        elif self._as_json and self._by_alias:
+        elif self._as_json and self._by_alias and query.type == self._type:
             loaded = query.load()
         else:
             loaded = self._load_plain(query.query)
@@ -147,7 +147,8 @@ def prepared(query: Any, type_: Any) -> "Prepared":
 
     Args:
         query: a SELECT with `param(…)` in the place of values.
-        type_: the response type; the endpoint's response model should be the same.
+        type_: the response type. Where it isn't the endpoint's response model, nothing is gained:
+            the query is read as any other.
 
     Returns what makes of named values something to be returned from an endpoint, as a query is.
 
@@ -169,6 +170,7 @@ class Prepared:
                 f"values in it; got: {query!r}"
             )
         self.plain = query
+        self.type = type_
         self.plans = Plans(type_)
         self._shape = shape
         self._names = shape.names
@@ -213,6 +215,11 @@ class PreparedQuery:
 
     def load(self) -> Any:
         return self._prepared.load(self._values)
+
+    @property
+    def type(self) -> Any:
+        """The response type that it was prepared for."""
+        return self._prepared.type
 
     @property
     def query(self) -> Any:

@@ -75,7 +75,8 @@ def _children(db: Any, relation: Relation, keys: Any) -> dict[Any, list[dict[str
     for chunk in _chunks(keys):
         query = relation.children()
         target = relation.target(query)
-        narrowed = Narrowed(_unlimited(query).where(target << chunk), relation.tree)
+        query = relation.only(_unlimited(query), target << chunk)
+        narrowed = Narrowed(query, relation.tree)
         clone = narrowed.query.clone()
         clone._returning = [*clone._returning, target.alias("fastapi_peewee_key")]
         rows = list(clone.tuples().execute(db))
@@ -153,7 +154,7 @@ def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
     for chunk in _chunks(each.__data__.get(link) for each in missing):
         query = relation.children()
         target = relation.target(query)
-        query = completed(_unlimited(query).where(target << chunk), relation.tree)
+        query = completed(relation.only(_unlimited(query), target << chunk), relation.tree)
         query = query.select_extend(target.alias("fastapi_peewee_key"))
         if relation.through is not None:  # else the key would become the link's attribute
             query = query.objects()

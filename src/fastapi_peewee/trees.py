@@ -15,6 +15,8 @@ import peewee
 from peewee import BackrefAccessor, ManyToManyFieldAccessor
 from pydantic import TypeAdapter
 
+from .exceptions import SchemaError
+
 #: Settings of a Pydantic class that change nothing in the JSON of what came from the database.
 _HARMLESS_CONFIG = {
     "extra_fields_behavior",
@@ -112,6 +114,15 @@ class Relation:
             return self.fk
         return getattr(query.model, self.fk.name if self.many else self.fk.rel_field.name)
 
+    @staticmethod
+    def only(query: Any, condition: Any) -> Any:
+        """The query with one more condition."""
+        where = query._where
+        if where is not None and not isinstance(where, peewee.Expression):
+            query = query.clone()  # `SQL("a OR b")`, which `AND` would take apart
+            query._where = peewee.NodeList((where,), parens=True)
+        return query.where(condition)
+
 
 @dataclass(slots=True)
 class Tree:
@@ -181,9 +192,10 @@ class Response:
         """What the response asks of `model`. `self.schema` must not be None."""
         tree = self._trees.get(model)
         if tree is None:
-            tree = self._trees[model] = self._tree(self.schema, model, ())
+            tree = self._tree(self.schema, model, ())
             if self._odd:
                 tree.instances.append("the response has a validator or a serialiser around it")
+            self._trees[model] = tree  # complete: other threads may see it from now on
         return tree
 
     @functools.cached_property
@@ -305,8 +317,7 @@ class Response:
             return
         metadata = tree.schema.model_fields[name].metadata
         many = not isinstance(found, peewee.ForeignKeyField)
-        queries = (each for each in metadata if many and isinstance(each, peewee.BaseModelSelect))
-        query = next(queries, None)
+        query = next((each for each in metadata if isinstance(each, peewee.BaseQuery)), None)
         core, nullable, odd = self._unwrap(part["schema"])
         if many:
             if core["type"] != "list" or nullable:
@@ -329,6 +340,8 @@ class Response:
             fk, through, other = found.src_fk, found.dest_fk, found.rel_model
         else:
             other = found.rel_model
+        if query is not None:
+            _check_query(query, f"{tree.schema.__name__}.{name}", other if many else None)
         if core["cls"] in above:
             tree.instances.append(f"{name} is of a type that contains itself, to no stated depth")
             return
@@ -338,6 +351,24 @@ class Response:
         tree.fields.append(
             Relation(name, alias, key, below, many, fk, through, query, nullable, excluded)
         )
+
+
+def _check_query(query: Any, name: str, model: Any) -> None:
+    """Refuse what can't be limited to the rows of one parent, or isn't of the related model."""
+    if model is None:
+        problem = "a foreign key leads to one row, which no query can choose"
+    elif not isinstance(query, peewee.ModelSelect):
+        problem = (
+            f"a {type(query).__name__} can't be limited to the rows of each parent; of a UNION, "
+            f"write `{model.__name__}.select().where({model.__name__}.id.in_(union))`"
+        )
+    elif query._row_type not in (None, peewee.ROW.MODEL):
+        problem = "it doesn't return instances of its model"
+    elif (alias := query.model) is not model and getattr_static(alias, "model", None) is not model:
+        problem = f"it selects from {query.model!r}, but the relation is to {model!r}"
+    else:
+        return
+    raise SchemaError(f"The query that is given for the relation {name} can't be used: {problem}.")
 
 
 def _paths(alias: Any) -> list[list[Any]]:
