@@ -8,7 +8,14 @@ from typing import Annotated, Any
 import peewee
 import pytest
 from peewee import fn
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    model_validator,
+)
 
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, Plan, RowPlan, Texts, plan
@@ -300,9 +307,53 @@ def test_distinct(db: Any, models: SimpleNamespace) -> None:
     query = item.select(item.title).distinct().order_by(item.title)
     titles = only(every_plan(query, list[Title], db))
     assert titles == [{"title": "a"}, {"title": "b"}, {"title": "c"}]
-    query = item.select(item.title, item.owner).distinct().order_by(item.title, item.owner)
-    titles = only(every_plan(query, list[Title], db))
-    assert titles == [{"title": "a"}, {"title": "b"}, {"title": "b"}, {"title": "c"}]
+    for arguments in ((), (True,)):  # Peewee notes them in two ways
+        query = item.select(item.title, item.owner).distinct(*arguments)
+        query = query.order_by(item.title, item.owner)
+        titles = only(every_plan(query, list[Title], db))
+        assert titles == [{"title": "a"}, {"title": "b"}, {"title": "b"}, {"title": "c"}]
+
+
+def test_what_pydantic_has_to_do(db: Any, models: SimpleNamespace) -> None:
+    """Serialisers and validators run, wherever they stand: of a field, of a model, around it."""
+
+    class Loud(BaseModel):
+        name: str | None
+
+        @field_serializer("name")
+        def loud(self, name: str | None) -> str:
+            return f"{name}!"
+
+    class Whole(BaseModel):
+        name: str
+
+        @model_validator(mode="after")
+        def loud(self) -> "Whole":
+            self.name += "!"
+            return self
+
+    class Team(BaseModel):
+        team: list[Whole]
+
+    query = models.User.select().where(models.User.id == 1)
+    around = Annotated[ItemOwner, AfterValidator(lambda owner: ItemOwner(name=f"{owner.name}!"))]
+    for type_, kind in ((Loud, "rows"), (Whole, "instances"), (around, "instances")):
+        for many in (True, False):
+            plans = Plans(list[type_] if many else type_)  # type: ignore[valid-type]
+            found = plans.plan(query)
+            assert found.kind == kind
+            ada = {"name": "Ada!"}
+            assert answer(found, plans, db) == ([ada] if many else ada)
+    plans = Plans(Team)
+    found = plans.plan(models.User.select().where(models.User.id == 3))
+    assert found.kind == "instances"
+    assert answer(found, plans, db) == {"team": [{"name": "Ada!"}, {"name": "Bob!"}]}
+
+
+def test_columns_that_a_query_leaves_out(db: Any, models: SimpleNamespace) -> None:
+    """Columns of the response are selected also where the query selects fewer, by every plan."""
+    query = models.User.select(models.User.name).where(models.User.id < 3).order_by(models.User.id)
+    assert only(every_plan(query, list[UserOut], db)) == [ADA, BOB]
 
 
 def test_a_union(db: Any, models: SimpleNamespace) -> None:
