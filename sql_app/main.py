@@ -76,12 +76,12 @@ def create_user(
 
 
 @app.get("/users/", response_model=list[schemas.User])
-def read_users(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
+async def read_users(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
     return crud.get_users(skip, limit)
 
 
 @app.get("/users/{user_id}", response_model=schemas.User)
-def read_user(user_id: UserId) -> peewee.ModelSelect:
+async def read_user(user_id: UserId) -> peewee.ModelSelect:
     return models.User.select().where(models.User.id == user_id)
 
 
@@ -94,7 +94,7 @@ def create_item_for_user(user_id: UserId, item: schemas.ItemCreate) -> models.It
 
 
 @app.get("/items/", response_model=list[schemas.Item])
-def read_items(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
+async def read_items(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
     return crud.get_items(skip, limit)
 
 

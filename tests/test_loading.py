@@ -135,31 +135,33 @@ EVE = {"id": 3, "name": "Eve", "items": []}
 
 NESTED = {
     "sqlite": (
-        """SELECT json_object('id', q."c0", 'name', """
-        """CASE WHEN typeof(q."c1") IN ('text','null') THEN q."c1" ELSE json('?'||q."c1") END, """
-        """'items', (SELECT json_group_array(json_object('id', q1."c0", 'title', """
-        """CASE WHEN typeof(q1."c1") IN ('text','null') THEN q1."c1" ELSE json('?'||q1."c1") END"""
+        """SELECT json_object('id', _fp."c0", 'name', """
+        """CASE WHEN typeof(_fp."c1") IN ('text','null') THEN _fp."c1" """
+        """ELSE json('?'||_fp."c1") END, """
+        """'items', (SELECT json_group_array(json_object('id', _fp1."c0", 'title', """
+        """CASE WHEN typeof(_fp1."c1") IN ('text','null') THEN _fp1."c1" """
+        """ELSE json('?'||_fp1."c1") END"""
         """)) FROM (SELECT "t1"."id" AS "c0", "t1"."title" AS "c1" FROM "item" AS "t1" """
-        """WHERE ("t1"."owner_id" = q."c0") ORDER BY "t1"."id") q1)) FROM ("""
+        """WHERE ("t1"."owner_id" = _fp."c0") ORDER BY "t1"."id") _fp1)) FROM ("""
         """SELECT "t1"."id" AS "c0", "t1"."name" AS "c1" FROM "user" AS "t1" """
-        """WHERE ("t1"."name" != ?) ORDER BY "t1"."name") q"""
+        """WHERE ("t1"."name" != ?) ORDER BY "t1"."name") _fp"""
     ),
     "postgresql": (
-        """SELECT row_to_json(r)::text FROM (SELECT q."c0" AS "id", q."c1" AS "name", """
-        """array_to_json(array(SELECT row_to_json(rq1) FROM ("""
-        """SELECT q1."c0" AS "id", q1."c1" AS "title" FROM ("""
+        """SELECT row_to_json(_fpr)::text FROM (SELECT _fp."c0" AS "id", _fp."c1" AS "name", """
+        """array_to_json(array(SELECT row_to_json(_fp1r) FROM ("""
+        """SELECT _fp1."c0" AS "id", _fp1."c1" AS "title" FROM ("""
         """SELECT "t1"."id" AS "c0", "t1"."title" AS "c1" FROM "item" AS "t1" """
-        """WHERE ("t1"."owner_id" = q."c0") ORDER BY "t1"."id") q1) rq1)) AS "items" FROM ("""
+        """WHERE ("t1"."owner_id" = _fp."c0") ORDER BY "t1"."id") _fp1) _fp1r)) AS "items" FROM ("""
         """SELECT "t1"."id" AS "c0", "t1"."name" AS "c1" FROM "user" AS "t1" """
-        """WHERE ("t1"."name" != %s) ORDER BY "t1"."name") q) r"""
+        """WHERE ("t1"."name" != %s) ORDER BY "t1"."name") _fp) _fpr"""
     ),
     "mysql": (
-        "SELECT JSON_OBJECT('id', q.`c0`, 'name', q.`c1`, 'items', (SELECT COALESCE("
+        "SELECT JSON_OBJECT('id', _fp.`c0`, 'name', _fp.`c1`, 'items', (SELECT COALESCE("
         "JSON_ARRAYAGG(JSON_OBJECT('id', `t101`.`id`, 'title', `t101`.`title`) "
         "ORDER BY `t101`.`id`), JSON_ARRAY()) FROM `item` AS `t101` "
-        "WHERE (`t101`.`owner_id` = q.`c0`))) FROM ("
+        "WHERE (`t101`.`owner_id` = _fp.`c0`))) FROM ("
         "SELECT `t1`.`id` AS `c0`, `t1`.`name` AS `c1` FROM `user` AS `t1` "
-        "WHERE (`t1`.`name` != %s) ORDER BY `t1`.`name` LIMIT 18446744073709551615) q"
+        "WHERE (`t1`.`name` != %s) ORDER BY `t1`.`name` LIMIT 18446744073709551615) _fp"
     ),
 }
 

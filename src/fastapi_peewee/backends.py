@@ -18,6 +18,7 @@ import peewee
 
 from .blocks import Atomic
 from .database import Database, NotBuilt, encoded
+from .libpq import Statements
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
@@ -201,6 +202,14 @@ class _Fetching:
         """Peewee closes when a half-read query is collected: see `Lease.server_cursors`."""
 
 
+def _statements(lease: Lease) -> Statements:
+    held = lease.root.held
+    if held.statements is None:
+        held.statements = Statements(held.conn)
+    statements: Statements = held.statements
+    return statements
+
+
 class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     """PostgreSQL through psycopg 3, also where psycopg2 is installed."""
 
@@ -224,23 +233,38 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
     def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
         lease = self._state.lease()
-        if (
-            lease is not None
-            and lease.owner == get_ident()
-            and not self.query_hooks
-            and not peewee.logger.isEnabledFor(logging.DEBUG)
-            and not self.taints(sql)
-        ):
+        if lease is not None and lease.owner == get_ident() and self._unwatched(sql):
             forbid_lazy_load()
             self._state.guard()
-            statements = lease.root.held.statements
-            if statements is None:
-                from .libpq import Statements
-
-                statements = lease.root.held.statements = Statements(lease.root.held.conn)
-            if statements.usable and (texts := statements.texts(sql, params)) is not None:
+            texts = _statements(lease).texts(sql, params)
+            if texts is not None:
                 return texts
         return super().read_texts(sql, params)
+
+    async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
+        if self._state.lease() is not None or not self._unwatched(sql):
+            return None
+        lease = await self.pool.acquire()
+        try:
+            if not self.pool.connect_at_once(lease):
+                return None
+            try:
+                with translate_driver_errors:
+                    return await _statements(lease).atexts(sql, params)
+            except peewee.DatabaseError:
+                raise
+            except BaseException as error:  # cancelled: an answer may be on its way
+                lease.held.conn.close()
+                if isinstance(error, NotImplementedError):
+                    return None
+                raise
+        finally:
+            self.pool.give_back(lease)
+
+    def _unwatched(self, sql: str) -> bool:
+        """Whether nobody wants to see the statement, and it leaves the session as it was."""
+        watched = self.query_hooks or peewee.logger.isEnabledFor(logging.DEBUG)
+        return not watched and not self.taints(sql)
 
     def texts(self, cursor: Any) -> list[bytes]:
         result = cursor.pgresult  # as libpq has them: unread, in UTF-8
@@ -249,7 +273,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     def reading(self) -> Atomic:
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
 
-    def open_cursor(self) -> Any:
+    def cursor(self, named_cursor: Any = None) -> Any:
+        cursor = super().cursor()
+        if not named_cursor:
+            return cursor
         cursor = self._state.conn.cursor(f"fastapi_peewee_{next(_cursors)}")
         lease = self._state.lease()
         if lease is not None:
@@ -257,9 +284,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return cursor
 
     def open_rows(self, query: Any) -> Any:
-        cursor = self.open_cursor()
-        with translate_driver_errors:
-            cursor.execute(*self.get_sql_context().parse(query))
+        cursor = self._execute_cursor(*self.get_sql_context().parse(query), named_cursor=True)
         return iter(query._get_cursor_wrapper(_Fetching(cursor)).iterator())
 
     def is_open(self, conn: Any) -> bool:
@@ -338,7 +363,10 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
                 cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {_isolation(isolation_level)}")
             cursor.execute("START TRANSACTION READ ONLY")
 
-    def open_cursor(self) -> Any:
+    def cursor(self, named_cursor: Any = None) -> Any:
+        cursor = super().cursor()
+        if not named_cursor:
+            return cursor
         from pymysql.cursors import SSCursor
 
         return self._state.conn.cursor(SSCursor)

@@ -435,17 +435,12 @@ class Database(peewee.Database):
     def stream(self, sql: str, params: Any, size: int) -> Iterator[Sequence[Any]]:
         """Run a statement and yield its rows, `size` at a time; the server keeps the others."""
         with self.reading(), translate_driver_errors:
-            cursor = self.open_cursor()
+            cursor = self._execute_cursor(sql, params, named_cursor=True)
             try:
-                cursor.execute(sql, params)
                 while rows := cursor.fetchmany(size):
                     yield rows
             finally:
                 cursor.close()
-
-    def open_cursor(self) -> Any:
-        """A cursor that leaves the rows with the server until they are fetched."""
-        return self.cursor()
 
     def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
         """Run a statement whose rows are one text each; return these, in UTF-8.
@@ -454,6 +449,10 @@ class Database(peewee.Database):
             NotBuilt: the database couldn't put all of a row into it.
         """
         return self.texts(self.execute_sql(sql, params))
+
+    async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
+        """The same on the event loop, without a thread; None where that can't be, or not now."""
+        return None
 
     def texts(self, cursor: Any) -> Sequence[bytes]:
         """The first column of all rows of a cursor."""

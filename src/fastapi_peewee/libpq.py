@@ -1,18 +1,15 @@
-"""Compiled statements on PostgreSQL, run by libpq in one call: for rows of one text each.
+"""Compiled statements on PostgreSQL, given to libpq directly: for rows of one text each.
 
 psycopg's cursors take several steps for a statement, each of which lets other threads have the
-interpreter: for the reads of a response that is a third of their time. Here the thread waits once,
-inside libpq, and the texts go on as they came. Everything else goes through psycopg's cursors.
+interpreter. Here a thread waits once, inside libpq; or the event loop waits for the socket, and no
+thread is needed. The texts go on as they came. Everything else goes through psycopg's cursors.
 """
 
+import asyncio
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
-
-import psycopg
-from psycopg import errors
-from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
 
 #: How many statements a connection knows at most; each takes memory of the server's.
 _MOST = 300
@@ -64,9 +61,12 @@ class Statements:
     """
 
     def __init__(self, conn: Any) -> None:
+        from psycopg import pq  # a driver is imported where it is used
+
+        self._pq = pq
         self._pgconn = conn.pgconn
         # `prepare_threshold=None` is psycopg's way to say that a pooler can't keep statements.
-        self.usable = conn.prepare_threshold is not None and conn.info.encoding == "utf-8"
+        self._usable = conn.prepare_threshold is not None and conn.info.encoding == "utf-8"
         self._names: dict[tuple[Any, ...], bytes | None] = {}
         self._count = 0
 
@@ -76,43 +76,121 @@ class Statements:
         Raises:
             psycopg.Error: as a cursor would.
         """
-        oids, values = [], []
-        try:
-            for value in params:
-                oid, text = _ADAPTERS[type(value)](value)
-                oids.append(oid)
-                values.append(text)
-        except (_Unusual, KeyError, UnicodeEncodeError):
+        adapted = _adapted(params) if self._usable else None
+        if adapted is None:
             return None
-        result = self._run(sql, oids, values)
-        if result.status != ExecStatus.TUPLES_OK:
-            if self._pgconn.status != ConnStatus.OK:
+        steps, result = self._steps(sql, *adapted), None
+        try:
+            while True:
+                method, arguments = steps.send(result)
+                result = getattr(self._pgconn, method)(*arguments)
+        except StopIteration as done:
+            return self._column(done.value)
+
+    async def atexts(self, sql: str, params: Sequence[Any]) -> list[bytes] | None:
+        """The same on the event loop, without a thread.
+
+        If it is cancelled, or fails otherwise than with an error of the statement's, an answer may
+        be on its way: the caller closes the connection.
+
+        Raises:
+            NotImplementedError: this event loop can't watch sockets; nothing was sent.
+        """
+        adapted = _adapted(params) if self._usable else None
+        if adapted is None:
+            return None
+        steps, result = self._steps(sql, *adapted), None
+        try:
+            while True:
+                method, arguments = steps.send(result)
+                result = await self._ask(_SENDERS[method], arguments)
+        except StopIteration as done:
+            return self._column(done.value)
+
+    async def _ask(self, method: str, arguments: Any) -> Any:
+        pgconn, loop = self._pgconn, asyncio.get_running_loop()
+        answered = loop.create_future()
+        results = []
+
+        def read() -> None:
+            try:
+                pgconn.consume_input()
+                while not pgconn.is_busy():
+                    result = pgconn.get_result()
+                    if result is None:
+                        _settle(answered)
+                        return
+                    results.append(result)
+            except Exception as error:
+                _settle(answered, error)
+
+        loop.add_reader(pgconn.socket, read)
+        try:
+            getattr(pgconn, method)(*arguments)
+            pgconn.flush()
+            await answered
+        finally:
+            loop.remove_reader(pgconn.socket)
+        return results[-1]
+
+    def _column(self, result: Any) -> list[bytes]:
+        if result.status != self._pq.ExecStatus.TUPLES_OK:
+            import psycopg
+
+            if self._pgconn.status != self._pq.ConnStatus.OK:
                 raise psycopg.OperationalError(self._pgconn.get_error_message())
-            raise errors.error_from_result(result)
+            raise psycopg.errors.error_from_result(result)
         return [result.get_value(i, 0) for i in range(result.ntuples)]
 
-    def _run(self, sql: str, oids: list[int], values: list[bytes | None]) -> Any:
-        pgconn, key = self._pgconn, (sql, *oids)
+    def _steps(
+        self, sql: str, oids: list[int], values: list[bytes | None]
+    ) -> Generator[tuple[str, Any], Any, Any]:
+        """Yields what to ask the server for, is sent the results, and returns the last one."""
+        key = (sql, *oids)
         name = self._names.get(key)
         if name is None:
             if key not in self._names:
                 if len(self._names) < _MOST:
                     self._names[key] = None
-                return pgconn.exec_params(_command(sql), values, oids)
+                return (yield "exec_params", (_command(sql), values, oids))
             self._count += 1
             name = b"fastapi_peewee_%d" % self._count
-            result = pgconn.prepare(name, _command(sql), oids)
-            if result.status != ExecStatus.COMMAND_OK:
+            result = yield "prepare", (name, _command(sql), oids)
+            if result.status != self._pq.ExecStatus.COMMAND_OK:
                 return result
             self._names[key] = name
-        result = pgconn.exec_prepared(name, values)
-        if result.status == ExecStatus.FATAL_ERROR and _is_gone(result):
+        result = yield "exec_prepared", (name, values)
+        if result.error_field(self._pq.DiagnosticField.SQLSTATE) == b"26000":
             # DEALLOCATE ALL or DISCARD ALL. In a transaction, that is lost by now.
             self._names.clear()
-            if pgconn.transaction_status == TransactionStatus.IDLE:
-                return pgconn.exec_params(_command(sql), values, oids)
+            if self._pgconn.transaction_status == self._pq.TransactionStatus.IDLE:
+                return (yield "exec_params", (_command(sql), values, oids))
         return result
 
 
-def _is_gone(result: Any) -> bool:
-    return bool(result.error_field(DiagnosticField.SQLSTATE) == b"26000")
+#: libpq's functions that only send, for those that wait for the answer, too.
+_SENDERS = {
+    "exec_params": "send_query_params",
+    "exec_prepared": "send_query_prepared",
+    "prepare": "send_prepare",
+}
+
+
+def _adapted(params: Sequence[Any]) -> tuple[list[int], list[bytes | None]] | None:
+    oids, values = [], []
+    try:
+        for value in params:
+            oid, text = _ADAPTERS[type(value)](value)
+            oids.append(oid)
+            values.append(text)
+    except (_Unusual, KeyError, UnicodeEncodeError):
+        return None
+    return oids, values
+
+
+def _settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

@@ -16,7 +16,7 @@ from .columns import base_model
 from .database import Database, NotBuilt
 from .plans import Compiled, JsonPlan, Plan, Texts, plan
 from .reading import complete
-from .shapes import shape_of, with_values
+from .shapes import Shape, shape_of, with_values
 from .trees import Leaf, Relation, Response, Tree
 
 #: How many compiled statements a response type keeps.
@@ -110,15 +110,11 @@ class Plans:
                 f"A {type(query).__name__} was returned that has not been executed. Call its "
                 "`execute()` and return what the client should see."
             )
-        db = database_of(query)
         shape = shape_of(query) if self._as_json else None
-        if shape is not None:
-            compiled = self._compiled.get((id(db), shape.key))
-            if compiled is not None:
-                params = compiled.template.bind(shape.values)
-                if params is not None:  # else the SQL depends on a value
-                    with suppress(NotBuilt):
-                        return compiled.load(params)
+        db = database_of(query)
+        if found := self._find(db, shape):
+            with suppress(NotBuilt):
+                return found[0].load(found[1])
         chosen = self.plan(query)
         if shape is not None and isinstance(chosen, JsonPlan):
             compiled = chosen.compile(db, shape)
@@ -127,6 +123,34 @@ class Plans:
                     self._compiled.clear()  # shapes without end: lists of many lengths, say
                 self._compiled[id(db), shape.key] = compiled
         return chosen.load(db)
+
+    def _find(self, db: Any, shape: Shape | None) -> tuple[Compiled, list[Any]] | None:
+        """The statement that was compiled for queries of this shape, and its parameters."""
+        compiled = None if shape is None else self._compiled.get((id(db), shape.key))
+        if compiled is None or shape is None:
+            return None
+        params = compiled.template.bind(shape.values)
+        return None if params is None else (compiled, params)  # None: the SQL depends on a value
+
+    async def aload(self, query: Any) -> Texts | None:
+        """`load()` of a query on the event loop, without a thread.
+
+        None where that can't be: nothing was compiled yet, the database can't or is busy with
+        something else. Then `load()` has to do it.
+        """
+        db = database_of(query)
+        if not self._as_json or not isinstance(db, Database):
+            return None
+        if isinstance(query, PreparedQuery):
+            found = query.find(db) if self._by_alias and query.type == self._type else None
+        else:
+            found = self._find(db, shape_of(query))
+        if found is None:
+            return None
+        loaded = await found[0].aload(found[1])
+        if loaded is not None and not (loaded.many or loaded.texts):
+            self._check_missing(getattr(query, "model", None))
+        return loaded
 
     def _check_missing(self, model: Any) -> None:
         response = self.response
@@ -191,17 +215,20 @@ class Prepared:
 
     def load(self, values: Mapping[str, Any]) -> Any:
         db = database_of(self.plain)
-        try:
-            compiled = self._compiled[id(db)]
-        except KeyError:
+        if id(db) not in self._compiled:
             chosen = self.plans.plan(self.plain)
             compiled = chosen.compile(db, self._shape) if isinstance(chosen, JsonPlan) else None
             self._compiled[id(db)] = compiled
-        params = None if compiled is None else compiled.template.bind_named(values)
-        if compiled is not None and params is not None:
+        if found := self.find(db, values):
             with suppress(NotBuilt):
-                return compiled.load(params)
+                return found[0].load(found[1])
         return self.plans.load(with_values(self.plain, values))
+
+    def find(self, db: Any, values: Mapping[str, Any]) -> tuple[Compiled, list[Any]] | None:
+        """The compiled statement and its parameters, if there is one."""
+        compiled = self._compiled.get(id(db))
+        params = None if compiled is None else compiled.template.bind_named(values)
+        return None if compiled is None or params is None else (compiled, params)
 
 
 class PreparedQuery:
@@ -215,6 +242,9 @@ class PreparedQuery:
 
     def load(self) -> Any:
         return self._prepared.load(self._values)
+
+    def find(self, db: Any) -> tuple[Compiled, list[Any]] | None:
+        return self._prepared.find(db, self._values)
 
     @property
     def type(self) -> Any:

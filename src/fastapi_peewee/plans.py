@@ -140,6 +140,16 @@ class Compiled(NamedTuple):
         """Raises `NotBuilt` if the rows have to be read in another way."""
         return self.plan.run(self.db, self.sql, [*self.params, *params] if self.params else params)
 
+    async def aload(self, params: Sequence[Any]) -> Texts | None:
+        """The same on the event loop; None where that can't be, or not now."""
+        all_params = [*self.params, *params] if self.params else params
+        try:
+            with _refused_json(self.db):
+                texts = await self.db.aread_texts(self.sql, all_params)
+        except NotBuilt:
+            return None
+        return None if texts is None else Texts(texts, self.plan.response.many)
+
 
 class RowPlan(Plan):
     """One statement for the query, and one for each relation."""

@@ -132,11 +132,16 @@ class QueryResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._is_loaded:
-            if self._plans.needs_database(self._returned):
-                await database_of(self._returned).call(self.load, self.finish)
-            else:
-                self.finish(self.load())
+            await self._read()
         await super().__call__(scope, receive, send)
+
+    async def _read(self) -> None:
+        if is_query(self._returned) and (texts := await self._plans.aload(self._returned)):
+            self.finish(texts)
+        elif self._plans.needs_database(self._returned):
+            await database_of(self._returned).call(self.load, self.finish)
+        else:
+            self.finish(self.load())
 
 
 class QueryStream(StreamingResponse):

@@ -32,7 +32,7 @@ from starlette.background import BackgroundTask, BackgroundTasks
 
 from .database import Database
 from .handlers import CONFLICT, NOT_FOUND
-from .loading import Plans, database_of
+from .loading import Plans, database_of, is_query
 from .plans import Texts
 from .responses import QueryResponse
 from .state import RequestScope, lazy_loads_forbidden
@@ -169,6 +169,9 @@ class _Answers:
                 return returned, jsonable_encoder(value), []
             return returned, *self._field.validate(value, {}, loc=("response",))
 
+    async def aload(self, returned: Any) -> Texts | None:
+        return await self._plans.aload(returned)
+
     def _no_lazy_loads(self) -> AbstractContextManager[None]:
         request = RequestScope.current.get()
         forbidden = request is not None and request.forbids_lazy_loads
@@ -207,6 +210,8 @@ def _answering(
         if isinstance(returned, Response):
             return returned
         if answers.needs_database(returned):
+            if is_query(returned) and (texts := await answers.aload(returned)) is not None:
+                return answers.serialise((returned, texts, []))
             db = database_of(returned)
             db = db if isinstance(db, Database) else _database()
             return await db.call(partial(answers.load, returned), answers.serialise)
