@@ -1,0 +1,284 @@
+"""Compiled statements on PostgreSQL, given to libpq: in a thread, and on the event loop."""
+
+import asyncio
+import datetime
+import threading
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import anyio
+import peewee
+import psycopg
+import pytest
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel
+
+from fastapi_peewee import Database, InTransaction, get_db, param, prepared, respond
+from fastapi_peewee.libpq import Statements
+from tests.apps import back_to_rest, client, connected, make_app
+
+VALUES: list[Any] = [0, -1, 2**15, -(2**31), 2**63 - 1, True, False, None, 0.1, -2.5e300]
+VALUES += ["", "é", 'a"b\\c%s%%', "1"]
+PSYCOPGS: list[Any] = [2**63, "a\0b", "\ud800", datetime.date(2024, 1, 2), b"a", 1 + 0j]
+
+
+class Out(BaseModel):
+    id: int
+    text: str
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection counts as used just now, however slow the machine."""
+    monkeypatch.setattr("fastapi_peewee.pool.CHECK_AFTER", 3600)
+
+
+@pytest.fixture
+async def db(postgres_url: str) -> AsyncIterator[Database]:
+    async with connected(postgres_url, pool_size=2) as db:
+        yield db
+
+
+@pytest.fixture
+async def note(db: Database) -> Any:
+    class Note(db.Model):
+        text = peewee.TextField()
+
+    await db.acreate_tables([Note])
+    await Note.acreate(text="a")
+    return Note
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The threads in which compiled statements are run."""
+    seen: list[str] = []
+    for name in ("texts", "_ask"):
+        original = getattr(Statements, name)
+
+        def noting(*args: Any, original: Any = original) -> Any:
+            seen.append(threading.current_thread().name)
+            return original(*args)
+
+        monkeypatch.setattr(Statements, name, noting)
+    return seen
+
+
+def make(db: Database, note: Any) -> FastAPI:
+    app = make_app(db)
+    Id = Annotated[int, "a row"]
+
+    @app.get("/loop/{id}", response_model=Out)
+    async def on_the_loop(id: Id) -> Any:
+        return note.select().where(note.id == id)
+
+    @app.get("/thread/{id}", response_model=Out)
+    def in_a_thread(id: Id) -> Any:
+        return note.select().where(note.id == id)
+
+    return app
+
+
+@pytest.mark.parametrize("mode", ["thread", "loop"])
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+async def test_values(db: Database, mode: str, value: Any) -> None:
+    """A value is sent as psycopg sends it, whether the statement is new, known or prepared."""
+    sql = "SELECT (%s::text || ' %%')::text" if type(value) is str else "SELECT (%s)::text"
+
+    def check() -> None:
+        expected = db.execute_sql(sql, [value]).fetchone()[0]
+        statements = Statements(db.connection())
+        for _ in range(3):
+            if mode == "thread":
+                found = statements.texts(sql, [value])
+            else:
+                found = asyncio.run(statements.atexts(sql, [value]))
+            assert found is not None
+            assert found[0] == (b"" if expected is None else expected.encode()) or (
+                expected is None and found[0] is None
+            )
+
+    await db.run(check)
+
+
+@pytest.mark.parametrize("value", PSYCOPGS, ids=repr)
+async def test_values_that_are_left_to_psycopg(db: Database, value: Any) -> None:
+    """A value of another type, or that libpq would cut or refuse, is left to psycopg."""
+    statements = await db.run(lambda: Statements(db.connection()))
+    assert statements.texts("SELECT %s", [value]) is None
+    assert await statements.atexts("SELECT %s", [value]) is None
+
+
+async def test_where_it_runs(db: Database, note: Any, threads: list[str]) -> None:
+    """A query that an `async def` endpoint returns is read on the event loop, once compiled."""
+    app = make(db, note)
+    async with client(app) as http:
+        for path in ["/loop/1", "/loop/1", "/loop/1", "/thread/1"]:
+            assert (await http.get(path)).json() == {"id": 1, "text": "a"}
+        assert (await http.get("/loop/2")).status_code == 404
+    main = threading.current_thread().name
+    assert threads[0] != main  # planned and compiled where a connection is
+    assert set(threads[1:-2]) == {main}
+    assert threads[-2] != main
+    assert threads[-1] == main
+    assert db.pool_stats.in_use == 0
+
+
+async def test_prepared_and_respond(db: Database, note: Any, threads: list[str]) -> None:
+    """Prepared queries and `respond()` are read on the event loop, too."""
+    app = make_app(db)
+    one = prepared(note.select().where(note.id == param("id")), Out)
+
+    @app.get("/prepared", response_model=Out)
+    async def prepared_one() -> Any:
+        return one(id=1)
+
+    @app.get("/respond")
+    async def responded() -> Any:
+        return respond(note.select(), list[Out])
+
+    async with client(app) as http:
+        for path, expected in [
+            ("/prepared", {"id": 1, "text": "a"}),
+            ("/respond", [{"id": 1, "text": "a"}]),
+        ]:
+            for _ in range(3):
+                assert (await http.get(path)).json() == expected
+            assert threads[-2:] == [threading.current_thread().name] * 2
+
+
+async def test_in_a_transaction(db: Database, note: Any, threads: list[str]) -> None:
+    """What a request holds is used: a query returned from its transaction sees what that wrote."""
+    app = make_app(db)
+
+    @app.post("/", response_model=list[Out])
+    async def write(db: InTransaction) -> Any:
+        await note.acreate(text="b")
+        return note.select().order_by(note.id)
+
+    @app.get("/", response_model=list[Out], dependencies=[Depends(get_db)])
+    async def read() -> Any:
+        assert db.pool_stats.in_use == 1
+        return note.select().order_by(note.id)
+
+    async with client(app) as http:
+        for count in (2, 3):
+            assert len((await http.post("/")).json()) == count
+            assert len((await http.get("/")).json()) == count
+    assert threading.current_thread().name not in threads
+
+
+async def test_hooks_see_every_statement(db: Database, note: Any) -> None:
+    """With a query hook, statements go the way on which it sees them."""
+    app = make(db, note)
+    seen: list[str] = []
+    async with client(app) as http:
+        await http.get("/loop/1")
+        db.query_hooks.append(lambda event: seen.append(event.sql))
+        await http.get("/loop/1")
+        await http.get("/thread/1")
+    assert len(seen) == 2
+
+
+async def slow(db: Database, note: Any) -> tuple[FastAPI, Any]:
+    """An endpoint whose query takes long for `/?seconds=…`, compiled."""
+    app = make_app(db)
+
+    @app.get("/", response_model=list[Out])
+    async def sleep(seconds: float = 0) -> Any:
+        return note.select().where(peewee.fn.pg_sleep(seconds).cast("text") == "")
+
+    async with client(app) as http:
+        assert len((await http.get("/")).json()) == 1
+    return app, sleep
+
+
+async def running(db: Database) -> None:
+    """Wait until the server is busy with the slow query."""
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%%pg_sleep%%' AND state = "
+    sql += "'active' AND pid <> pg_backend_pid()"
+    with anyio.fail_after(5):
+        while (await db.aexecute_sql(sql))[0][0] == 0:
+            await anyio.sleep(0.01)
+
+
+async def test_cancelled(db: Database, note: Any, threads: list[str]) -> None:
+    """A cancelled read gives its slot back, and its connection to nobody."""
+    app, _ = await slow(db, note)
+    async with client(app) as http:
+        task = asyncio.create_task(http.get("/?seconds=30"))
+        await running(db)
+        before = db.pool_stats
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await back_to_rest(db)
+        assert threads[-1] == threading.current_thread().name
+        assert db.pool_stats.discarded == before.discarded + 1
+        assert len((await http.get("/")).json()) == 1
+
+
+async def test_the_server_ends_the_connection(
+    db: Database, note: Any, postgres_url: str, threads: list[str]
+) -> None:
+    """A connection that the server ends meanwhile is 503 for its request, and replaced."""
+    app, _ = await slow(db, note)
+    async with client(app) as http:
+        task = asyncio.create_task(http.get("/?seconds=30"))
+        await running(db)
+        await db.aexecute_sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE query LIKE '%%pg_sleep%%' AND pid <> pg_backend_pid()"
+        )
+        response = await task
+        assert response.status_code == 503
+        assert threads[-1] == threading.current_thread().name
+        await back_to_rest(db)
+        for _ in range(3):
+            assert len((await http.get("/")).json()) == 1
+
+
+@pytest.mark.parametrize("mode", ["thread", "loop"])
+async def test_statements_that_were_deallocated(db: Database, note: Any, mode: str) -> None:
+    """Statements that somebody has deallocated are made again."""
+    app = make(db, note)
+    async with client(app) as http:
+        for _ in range(3):
+            assert (await http.get(f"/{mode}/1")).status_code == 200
+        await db.aexecute_sql("DEALLOCATE ALL")
+        for _ in range(3):
+            assert (await http.get(f"/{mode}/1")).json() == {"id": 1, "text": "a"}
+
+
+async def test_errors_are_peewees(db: Database, note: Any) -> None:
+    """An error of the server's is Peewee's, over psycopg's; the connection is kept."""
+    sql = "SELECT (1 / %s::int)::text"
+    await db.count(note.select())  # so that there is a connection that was in use just now
+    opened = db.pool_stats.opened
+    for divisor in (1, 0, 1, 0):
+        if divisor:
+            assert await db.aread_texts(sql, [divisor]) == [b"1"]
+        else:
+            with pytest.raises(peewee.DataError) as failure:
+                await db.aread_texts(sql, [divisor])
+            assert isinstance(failure.value.__context__, psycopg.errors.DivisionByZero)
+    assert db.pool_stats.opened == opened
+    assert db.pool_stats.in_use == 0
+
+
+async def test_many_at_once(db: Database, note: Any) -> None:
+    """More requests than connections wait for one, and all are answered."""
+    app = make(db, note)
+    async with client(app) as http:
+        await http.get("/loop/1")
+        paths = ["/loop/1", "/thread/1"] * 30
+        answers = await asyncio.gather(*(http.get(path) for path in paths))
+    assert {answer.text for answer in answers} == {'{"id":1,"text":"a"}'}
+    assert db.pool_stats.opened <= 2
+
+
+async def test_a_pooler_between(postgres_url: str, threads: list[str]) -> None:
+    """`prepare_threshold=None`, for poolers that keep no statements, leaves all to psycopg."""
+    async with connected(postgres_url, prepare_threshold=None) as db:
+        statements = await db.run(lambda: Statements(db.connection()))
+        assert statements.texts("SELECT 'a'", []) is None
