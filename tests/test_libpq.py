@@ -180,7 +180,7 @@ async def test_hooks_see_every_statement(db: Database, note: Any) -> None:
     assert len(seen) == 2
 
 
-async def slow(db: Database, note: Any) -> tuple[FastAPI, Any]:
+async def slow(db: Database, note: Any) -> FastAPI:
     """An endpoint whose query takes long for `/?seconds=…`, compiled."""
     app = make_app(db)
 
@@ -188,9 +188,11 @@ async def slow(db: Database, note: Any) -> tuple[FastAPI, Any]:
     async def sleep(seconds: float = 0) -> Any:
         return note.select().where(peewee.fn.pg_sleep(seconds).cast("text") == "")
 
+    both = threading.Barrier(2)
+    await asyncio.gather(db.run(both.wait), db.run(both.wait))  # opens two connections
     async with client(app) as http:
         assert len((await http.get("/")).json()) == 1
-    return app, sleep
+    return app
 
 
 async def running(db: Database) -> None:
@@ -204,7 +206,7 @@ async def running(db: Database) -> None:
 
 async def test_cancelled(db: Database, note: Any, threads: list[str]) -> None:
     """A cancelled read gives its slot back, and its connection to nobody."""
-    app, _ = await slow(db, note)
+    app = await slow(db, note)
     async with client(app) as http:
         task = asyncio.create_task(http.get("/?seconds=30"))
         await running(db)
@@ -222,7 +224,7 @@ async def test_the_server_ends_the_connection(
     db: Database, note: Any, postgres_url: str, threads: list[str]
 ) -> None:
     """A connection that the server ends meanwhile is 503 for its request, and replaced."""
-    app, _ = await slow(db, note)
+    app = await slow(db, note)
     async with client(app) as http:
         task = asyncio.create_task(http.get("/?seconds=30"))
         await running(db)
