@@ -8,7 +8,10 @@ READS = ["/users/?limit=100", "/users/1", "/items/?limit=100"]
 
 async def test_one_statement_and_one_round_trip_for_each_read(postgres_url: str) -> None:
     """Each read of `sql_app` is one statement and one round trip: no BEGIN, ping or reset."""
-    with counted(postgres_url) as tally, serve("sql_app.main:app", **tally.settings) as server:
+    with (
+        counted(postgres_url) as tally,
+        serve("sql_app.main:app", DATABASE_URL=tally.settings["DATABASE_URL"]) as server,
+    ):
         connection = await Connection.to(server)
         user = {"email": "ada@example.com", "password": "correct horse"}
         assert (await connection.ask(Request("/users/", user))).status == 200
