@@ -287,3 +287,21 @@ async def test_a_connection_may_be_closed_on_an_event_loop(sqlite_url: str) -> N
     assert db.is_closed()
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("max_connections", "pool_size"), ("stale_timeout", "max_lifetime")]
+)
+def test_names_of_playhouse_pool(theirs: str, ours: str) -> None:
+    """A setting by the name that it has in playhouse.pool is refused with the name it has here."""
+    expected = f"^{theirs} is a setting of playhouse.pool; here it is {ours}.$"
+    with pytest.raises(ValueError, match=expected):
+        connect("sqlite:///:memory:", **{theirs: 5})
+    with pytest.raises(ValueError, match=expected):
+        connect(f"postgresql:///name?{theirs}=5")
+
+
+def test_the_scheme_says_mariadb() -> None:
+    """`mariadb://` says what the server is, before the first connection could tell."""
+    assert connect("mariadb://root@127.0.0.1/name").mariadb
+    assert not connect("mysql://root@127.0.0.1/name").mariadb

@@ -410,6 +410,9 @@ _SCHEMES: dict[str, type[Database]] = {
 }
 
 
+_POOL_NAMES = {"max_connections": "pool_size", "stale_timeout": "max_lifetime"}
+
+
 def connect(
     url: str,
     *,
@@ -460,6 +463,11 @@ def connect(
         )
     if "passwd" in parameters:
         parameters["password"] = parameters.pop("passwd")
+    if scheme == "mariadb":
+        parameters.setdefault("mariadb", True)
+    for theirs, ours in _POOL_NAMES.items():
+        if theirs in parameters or theirs in options:
+            raise ValueError(f"{theirs} is a setting of playhouse.pool; here it is {ours}.")
     settings: dict[str, Any] = {
         "pool_size": pool_size,
         "timeout": timeout,
