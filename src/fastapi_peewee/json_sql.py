@@ -274,6 +274,10 @@ class JsonSql:
                 return "{v}"
             raise NoJson(f"{leaf.name} is an expression that isn't read as int")
         column = leaf.column
+        if kind.startswith("function-"):
+            raise NoJson(f"{leaf.name} has a validator, or a type that is one")
+        if "serialization" in leaf.core:
+            raise NoJson(f"{leaf.name} has a serialiser")
         template = self.leaves.get((_path(type(column)), kind))
         if template is None:
             raise NoJson(f"{leaf.name} is a {type(column).__name__} read as {kind}")
