@@ -13,6 +13,7 @@ import peewee
 import pytest
 from fastapi import Depends
 from fastapi.routing import APIRoute
+from playhouse.test_utils import assert_query_count
 from pydantic import BaseModel, Field, field_validator
 
 from fastapi_peewee import Database, PeeweeRoute, connect, get_db, respond
@@ -92,6 +93,19 @@ async def test_a_json_array(
     assert "content-length" not in streamed.headers
     assert streamed.headers["content-type"] == "application/json"
     assert db.pool_stats.in_use == 0
+
+
+async def test_the_log(db: Database, books: Any) -> None:
+    """The statement of a stream is in Peewee's log, as any other."""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    def endpoint() -> Any:
+        return respond(books.select(), list[Plain], stream=True)
+
+    async with client(app) as http:
+        with assert_query_count(1):
+            assert len((await http.get("/")).json()) == COUNT
 
 
 @pytest.mark.parametrize("type_", [Plain, Checked], ids=["json plan", "another plan"])
