@@ -72,7 +72,9 @@ class TurnTimeout(LeaseError):
             f"Waited {seconds:g} s for another task or thread that uses the same connection. "
             "Within one transaction, calls run one at a time, and a nested block keeps its "
             "siblings out until it ends: a task made before a nested block and awaited inside it "
-            "waits for ever. Await it outside the nested block, or make it inside."
+            "waits for ever. Await it outside the nested block, or make it inside. So does a "
+            "thread that a `def` endpoint starts with its own context and then waits for: start "
+            "it without that context."
         )
 
 
