@@ -7,17 +7,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import peewee
+import psycopg
 import pytest
 from fastapi import Depends
 from fastapi.routing import APIRoute
 from playhouse.test_utils import assert_query_count
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from fastapi_peewee import Database, PeeweeRoute, connect, get_db, respond
-from tests.apps import back_to_rest, client, connected, make_app, walk_away
+from fastapi_peewee import Database, PeeweeRoute, connect, get_db, param, prepared, respond
+from fastapi_peewee.responses import _Pipe
+from tests.apps import back_to_rest, client, connected, make_app, refusal, walk_away
 from tests.apps import db as db
 from tests.apps import no_collector as no_collector
 
@@ -288,6 +290,140 @@ async def test_the_rows_stay_with_the_server(postgres_url: str) -> None:
         assert found == [str(n) for n in range(500)]
 
 
+class Before(Plain):
+    @model_validator(mode="before")
+    @classmethod
+    def same(cls, value: Any) -> Any:
+        return value
+
+
+FORMS: dict[str, Any] = {
+    "json": list[Plain],
+    "rows": list[Checked],
+    "instances": list[Before],
+    "annotated": Annotated[list[Checked], "more"],
+    "optional": Annotated[list[Checked] | None, "more"],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+async def test_one_query_for_many_streams(db: Database, books: Any, name: str) -> None:
+    """A query of a module's serves any number of streams, also at a time, and isn't changed."""
+    query = books.select().order_by(books.id)
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    async def stream() -> Any:
+        return respond(query, FORMS[name], stream="csv")
+
+    async with client(app, raises=True) as http:
+        first = (await http.get("/")).text
+        others = await asyncio.gather(*[http.get("/") for _ in range(3)])
+    assert len(first.splitlines()) == COUNT + 1
+    assert [response.text for response in others] == [first] * 3
+    assert query._cursor_wrapper is None
+
+
+async def test_a_prepared_query(db: Database, books: Any) -> None:
+    """What is prepared can be streamed as well."""
+    some = prepared(books.select().where(books.id <= param("last")), list[Plain])
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    def stream() -> Any:
+        return respond(some(last=3), list[Plain], stream="jsonl")
+
+    async with client(app, raises=True) as http:
+        assert len((await http.get("/")).text.splitlines()) == 3
+
+
+@pytest.mark.parametrize("type_", [Plain, Checked], ids=["json", "rows"])
+async def test_a_stream_leaves_nothing_in_the_session(postgres_url: str, type_: Any) -> None:
+    """What a streamed query sets in its session, the next user of the connection doesn't see."""
+    async with connected(postgres_url) as db:
+
+        class Book(db.Model):
+            title = peewee.CharField()
+            good = peewee.BooleanField(null=True)
+
+        class Page(db.Model):
+            number = peewee.IntegerField()
+            book = peewee.ForeignKeyField(Book, backref="pages")
+
+        await db.acreate_tables([Book, Page])
+        await Book.acreate(title="a")
+        app = make_app(db)
+        setting = peewee.fn.set_config("app.user", "ada", False)
+
+        @app.get("/", response_model=None)
+        def stream() -> Any:
+            return respond(Book.select().where(setting == "ada"), list[type_], stream="jsonl")
+
+        async with client(app) as http:
+            await http.get("/")
+        rows = await db.aexecute_sql("SELECT current_setting('app.user', true)")
+        assert rows[0][0] in ("", None)
+
+
+@pytest.mark.parametrize("type_", [Plain, Checked], ids=["json", "rows"])
+async def test_a_connection_that_is_lost_in_the_middle(
+    db: Database, books: Any, type_: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that fails after its first byte is an error to the server, never a whole answer."""
+    if not isinstance(db, peewee.PostgresqlDatabase):
+        pytest.skip("only PostgreSQL's rows are fetched while they are sent")
+    monkeypatch.setattr("fastapi_peewee.responses._ROWS_AT_ONCE", 100)
+    app = make_app(db)
+    killed = False
+
+    @app.get("/", response_model=None)
+    async def stream() -> Any:
+        return respond(books.select().order_by(books.id), list[type_], stream=True)
+
+    write = _Pipe.write
+
+    def kill_then_write(pipe: Any, data: bytes) -> None:
+        nonlocal killed
+        if not killed:
+            killed = True
+            with psycopg.connect(**db.connect_params, dbname=db.database) as other:
+                other.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+        write(pipe, data)
+
+    monkeypatch.setattr(_Pipe, "write", kill_then_write)
+    with refusal(peewee.OperationalError, "terminating|closed|lost"):
+        async with client(app, raises=True) as http:
+            await http.get("/")
+    assert killed
+    await back_to_rest(db)
+
+
+async def test_a_stream_that_waits_for_a_connection_ends_with_its_request(
+    db: Database, books: Any
+) -> None:
+    """A cancelled request doesn't wait until its stream gets a connection."""
+    app = make_app(db)
+
+    @app.get("/", response_model=None)
+    async def stream() -> Any:
+        return respond(books.select(), list[Plain], stream=True)
+
+    leases = [await db.pool.acquire() for _ in range(db.pool.size)]
+    async with client(app) as http:
+        request = asyncio.ensure_future(http.get("/"))
+        while not db.pool_stats.waiting:
+            await asyncio.sleep(0.001)
+        request.cancel()
+        done, _ = await asyncio.wait({request}, timeout=1)
+    for lease in leases:
+        db.pool.give_back(lease)
+    assert done
+    assert request.cancelled()
+
+
 def test_what_is_no_stream(sqlite_url: str) -> None:
     """A stream takes a query and a list type; anything else is refused at once."""
     db = connect(sqlite_url)
@@ -295,8 +431,10 @@ def test_what_is_no_stream(sqlite_url: str) -> None:
     class Book(db.Model):
         title = peewee.CharField()
 
-    with pytest.raises(TypeError, match=r"list\[UserOut\]; got: .*PageOut"):
+    with pytest.raises(TypeError, match=r"list\[UserOut\], with .*PageOut"):
         respond(Book.select(), PageOut, stream=True)
+    with pytest.raises(TypeError, match="nothing around the list"):
+        respond(Book.select(), Annotated[list[PageOut], AfterValidator(sorted)], stream=True)
     with pytest.raises(TypeError, match="wasn't executed"):
         respond([1, 2], list[PageOut], stream=True)
     with pytest.raises(ValueError, match="jsonl, csv; got: 'xml'"):

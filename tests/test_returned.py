@@ -1,5 +1,7 @@
 """Endpoints that return queries, instances, or nothing: the response model decides what is read."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -422,6 +424,20 @@ async def test_the_response_model_has_the_last_word(
     with pytest.raises(TypeError, match="no response model"):
         async with client(app, raises=True) as http:
             await http.get("/none")
+
+
+async def test_what_is_compiled_keeps_no_values(db: Database, models: Models) -> None:
+    """The values of the query that a statement was compiled for are gone with the query."""
+    app = make_app(db)
+    owners = [await models.User.aget_by_id(1)]
+    kept = weakref.ref(owners[0])
+    add(app, "def", "/", lambda: models.Item.select().where(models.Item.owner == owners[0]),
+        response_model=list[ItemOut])  # fmt: skip
+    assert await answer(app) == (200, ADA["items"])
+    owners[0] = await models.User.aget_by_id(2)
+    gc.collect()
+    assert kept() is None
+    assert await answer(app) == (200, [])
 
 
 async def test_prepared_with_wrong_values(db: Database, models: Models) -> None:

@@ -192,7 +192,8 @@ class _Fetching:
     def fetchone(self) -> Any:
         row = next(self._rows, None)
         if row is None and not self._cursor.closed:
-            self._rows = iter(self._cursor.fetchmany(100))
+            with translate_driver_errors:
+                self._rows = iter(self._cursor.fetchmany(100))
             row = next(self._rows, None)
             if row is None:
                 self._cursor.close()
@@ -284,7 +285,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return cursor
 
     def open_rows(self, query: Any) -> Any:
-        cursor = self._execute_cursor(*self.get_sql_context().parse(query), named_cursor=True)
+        sql, params = self.get_sql_context().parse(query)
+        self._taint(sql)
+        cursor = self._execute_cursor(sql, params, named_cursor=True)
         return iter(query._get_cursor_wrapper(_Fetching(cursor)).iterator())
 
     def is_open(self, conn: Any) -> bool:
@@ -301,12 +304,14 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         from psycopg.pq import ExecStatus, TransactionStatus
 
         status = conn.pgconn.transaction_status
-        if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
-            conn.rollback()
-        elif status != TransactionStatus.IDLE:
-            return False
-        for cursor in lease.server_cursors:
-            cursor.close()  # outside of a transaction that asks nothing of the server
+        try:
+            if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+                conn.rollback()
+            elif status != TransactionStatus.IDLE:
+                return False
+        finally:
+            for cursor in lease.server_cursors:
+                cursor.close()  # outside of a transaction that asks nothing of the server
         if not lease.tainted:
             return True
         result = conn.pgconn.exec_(_RESET)

@@ -231,8 +231,7 @@ class Database(peewee.Database):
         lease = self._state.lease()
         if lease is None:
             return super().execute_sql(sql, params)
-        if self.taints(sql):
-            lease.root.tainted = True
+        self._taint(sql)
         if lease.owner == get_ident():
             return super().execute_sql(sql, params)
         turn = self.take_turn()
@@ -241,6 +240,11 @@ class Database(peewee.Database):
         finally:
             if turn is not None:
                 turn.give_turn()
+
+    def _taint(self, sql: str) -> None:
+        lease = self._state.lease()
+        if lease is not None and self.taints(sql):
+            lease.root.tainted = True
 
     def taints(self, sql: str) -> bool:
         """Whether a statement may leave something in the session for its next user to find."""
@@ -435,6 +439,7 @@ class Database(peewee.Database):
     def stream(self, sql: str, params: Any, size: int) -> Iterator[Sequence[Any]]:
         """Run a statement and yield its rows, `size` at a time; the server keeps the others."""
         with self.reading(), translate_driver_errors:
+            self._taint(sql)
             cursor = self._execute_cursor(sql, params, named_cursor=True)
             try:
                 while rows := cursor.fetchmany(size):

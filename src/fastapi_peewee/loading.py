@@ -81,6 +81,8 @@ class Plans:
     def plan(self, query: Any) -> Plan:
         """The plan for a query, which isn't kept."""
         db = database_of(query)
+        if isinstance(query, PreparedQuery):
+            query = query.query
         return plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
 
     def _complete(self, db: Any, value: Any) -> Any:

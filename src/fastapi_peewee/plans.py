@@ -106,15 +106,20 @@ class JsonPlan(Plan):
 
     def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
-        with _refused_json(db), translate_driver_errors:
-            return Texts(db.read_texts(sql, params), self.response.many)
+        return _run(db, sql, params, self.response.many)
 
     def compile(self, db: Any, shape: Shape) -> "Compiled | None":
         """What loads all queries of this shape. None if values and parameters can't be matched."""
         template = compile_template(self._query, shape, db)
         if template is None:
             return None
-        return Compiled(self, db, self._before + template.sql + self._after, self._params, template)
+        sql = self._before + template.sql + self._after
+        return Compiled(db, sql, self._params, template, self.response.many)
+
+
+def _run(db: Any, sql: str, params: Sequence[Any], many: bool) -> Texts:
+    with _refused_json(db), translate_driver_errors:
+        return Texts(db.read_texts(sql, params), many)
 
 
 @contextmanager
@@ -128,17 +133,21 @@ def _refused_json(db: Any) -> Iterator[None]:
 
 
 class Compiled(NamedTuple):
-    """A json plan's statement, for queries that differ from the one it was made of in values."""
+    """A json plan's statement, for queries that differ from the one it was made of in values.
 
-    plan: JsonPlan
+    It's kept, so it has nothing of that query's values.
+    """
+
     db: Any
     sql: str
     params: list[Any]
     template: Template
+    many: bool
 
     def load(self, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
-        return self.plan.run(self.db, self.sql, [*self.params, *params] if self.params else params)
+        all_params = [*self.params, *params] if self.params else params
+        return _run(self.db, self.sql, all_params, self.many)
 
     async def aload(self, params: Sequence[Any]) -> Texts | None:
         """The same on the event loop; None where that can't be, or not now."""
@@ -148,7 +157,7 @@ class Compiled(NamedTuple):
                 texts = await self.db.aread_texts(self.sql, all_params)
         except NotBuilt:
             return None
-        return None if texts is None else Texts(texts, self.plan.response.many)
+        return None if texts is None else Texts(texts, self.many)
 
 
 class RowPlan(Plan):
@@ -225,6 +234,7 @@ class InstancePlan(Plan):
 
 
 def _chunks(query: Any, db: Any, size: int, skipped: int = 0) -> Iterator[list[Any]]:
+    query = query.clone()  # the caller's may be shared by threads, and keeps what it has read
     rows = islice(db.open_rows(query.bind(db)), skipped, None)
     while chunk := list(islice(rows, size)):
         yield chunk

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from .calls import uninterrupted
 from .loading import Plans, database_of, is_query
 from .plans import Texts
+from .trees import Response as Type
 
 #: Rows that are fetched and sent at a time.
 _ROWS_AT_ONCE = 500
@@ -80,10 +81,11 @@ def respond(
         raise ValueError(
             f"stream must be True or one of {', '.join(_MEDIA_TYPES)}; got: {stream!r}"
         )
-    if plans.response.schema is None or not plans.response.many or not is_query(returned):
+    response = plans.response
+    if response.schema is None or not response.many or response.whole or not is_query(returned):
         raise TypeError(
             "A stream needs a query that wasn't executed and the type of a list of Pydantic "
-            f"models, as list[UserOut]; got: {returned!r}, {type_!r}"
+            f"models, as list[UserOut], with nothing around the list; got: {returned!r}, {type_!r}"
         )
     return QueryStream(returned, plans, form, status_code, headers, background)
 
@@ -180,6 +182,7 @@ class QueryStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             pipe.stopped = True
+            reading.cancel()  # it may still wait for a connection
             if cancelled := await uninterrupted(reading):
                 raise cancelled
             if not reading.cancelled():
@@ -188,7 +191,7 @@ class QueryStream(StreamingResponse):
     def _read(self, pipe: "_Pipe") -> None:
         chunks = self._plans.plan(self._query).stream(database_of(self._query), _ROWS_AT_ONCE)
         with contextlib.closing(chunks):
-            for data in self._encode(chunks, self._plans.response.names):
+            for data in self._encode(chunks, self._plans.response):
                 if pipe.stopped:
                     return
                 pipe.write(data)
@@ -248,7 +251,7 @@ class _Pipe:
             return data
 
 
-def _as_array(chunks: Iterator[list[bytes]], names: list[str]) -> Iterator[bytes]:
+def _as_array(chunks: Iterator[list[bytes]], response: Type) -> Iterator[bytes]:
     before = b"["
     for chunk in chunks:
         yield before + b",".join(chunk)
@@ -256,12 +259,13 @@ def _as_array(chunks: Iterator[list[bytes]], names: list[str]) -> Iterator[bytes
     yield b"]" if before == b"," else b"[]"
 
 
-def _as_lines(chunks: Iterator[list[bytes]], names: list[str]) -> Iterator[bytes]:
+def _as_lines(chunks: Iterator[list[bytes]], response: Type) -> Iterator[bytes]:
     for chunk in chunks:
         yield b"\n".join(chunk) + b"\n"
 
 
-def _as_csv(chunks: Iterator[list[bytes]], names: list[str]) -> Iterator[bytes]:
+def _as_csv(chunks: Iterator[list[bytes]], response: Type) -> Iterator[bytes]:
+    names = response.names
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(names)
@@ -280,5 +284,5 @@ def _cell(value: Any) -> Any:
     return value
 
 
-_Encoder = Callable[[Iterator[list[bytes]], list[str]], Iterator[bytes]]
+_Encoder = Callable[[Iterator[list[bytes]], Type], Iterator[bytes]]
 _ENCODERS: dict[str, _Encoder] = {"json": _as_array, "jsonl": _as_lines, "csv": _as_csv}

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from inspect import getattr_static
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import peewee
 from peewee import BackrefAccessor, ManyToManyFieldAccessor
@@ -171,6 +171,7 @@ class Response:
         adapter: Pydantic's.
         many: whether it is a list.
         nullable: whether `None` is an answer.
+        whole: whether a list has a validator or a serialiser around it, which needs all rows.
         schema: the core schema of the model; None for other types.
     """
 
@@ -180,6 +181,7 @@ class Response:
         self._definitions: dict[str, Any] = {}
         core, self.nullable, self._odd = self._unwrap(self.adapter.core_schema)
         self.many = core["type"] == "list" and not set(core) - {"type", "items_schema", "metadata"}
+        self.whole = self.many and self._odd
         if self.many:
             core, optional_items, odd = self._unwrap(core["items_schema"])
             self._odd |= odd
@@ -202,12 +204,14 @@ class Response:
     def names(self) -> list[str]:
         """The keys of a model's JSON."""
         assert self.schema is not None
-        fields = self.schema["schema"]
+        fields = _fields(self.schema)
+        if fields["type"] != "model-fields":
+            raise TypeError(f"{self.schema['cls'].__name__} has no fields, so there are no columns")
         return [
             part.get("serialization_alias", name)
             for name, part in fields["fields"].items()
             if not part.get("serialization_exclude")
-        ] + [each.get("alias", each["property_name"]) for each in fields["computed_fields"]]
+        ] + [each.get("alias", each["property_name"]) for each in fields.get("computed_fields", ())]
 
     def dump(self, rows: list[Any]) -> list[bytes]:
         """Validate the rows of a list and serialise each.
@@ -223,7 +227,15 @@ class Response:
 
     @functools.cached_property
     def _items(self) -> TypeAdapter[Any]:
-        return TypeAdapter(get_args(self.type)[0])
+        type_ = self.type
+        while get_origin(type_) is not list:
+            if get_origin(type_) is Annotated:
+                type_ = get_args(type_)[0]
+            elif hasattr(type_, "__value__"):  # `type UsersOut = list[UserOut]`
+                type_ = type_.__value__
+            else:
+                type_ = next(each for each in get_args(type_) if each is not type(None))
+        return TypeAdapter(get_args(type_)[0])
 
     def _resolve(self, core: Any) -> tuple[Any, bool]:
         """Follow references, defaults and `Optional`. Returns what is left, and if it's optional"""
@@ -263,8 +275,7 @@ class Response:
             or getattr(schema, "__pydantic_root_model__", False)
         ):
             tree.reasons.append(f"{schema.__name__} has validators or serialisers of its own")
-            while fields["type"] != "model-fields" and "schema" in fields:
-                fields = fields["schema"]  # a model validator around them
+            fields = _fields(core)
             if fields["type"] != "model-fields":
                 tree.instances.append(f"{schema.__name__} is validated as a whole")
                 return tree
@@ -351,6 +362,14 @@ class Response:
         tree.fields.append(
             Relation(name, alias, key, below, many, fk, through, query, nullable, excluded)
         )
+
+
+def _fields(core: Any) -> Any:
+    """What a model's core schema says of its fields, without the model's validators around it."""
+    fields = core["schema"]
+    while fields["type"] != "model-fields" and "schema" in fields:
+        fields = fields["schema"]
+    return fields
 
 
 def _check_query(query: Any, name: str, model: Any) -> None:
