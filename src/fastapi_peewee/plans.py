@@ -10,7 +10,7 @@ All give the same JSON. Nothing is kept here: `loading` does that.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -95,14 +95,15 @@ class JsonPlan(Plan):
 
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
         sent = 0
-        try:
-            with _refused_json(db):
-                for rows in db.stream(*self.statement(db), size):
-                    texts = encoded(rows)
-                    yield texts
-                    sent += len(texts)
-        except NotBuilt:
-            yield from self._rows.stream(db, size, sent)
+        with one_snapshot(db, 2):  # the rows that are read in another way must be the same
+            try:
+                with _refused_json(db), closing(db.stream(*self.statement(db), size)) as chunks:
+                    for rows in chunks:
+                        texts = encoded(rows)
+                        yield texts
+                        sent += len(texts)
+            except NotBuilt:
+                yield from self._rows.stream(db, size, sent)
 
     def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
