@@ -67,7 +67,13 @@ def form(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[None, peewee.DatabaseProxy, peewee.Proxy])
+@pytest.fixture(
+    params=[
+        None,
+        pytest.param(peewee.DatabaseProxy, marks=pytest.mark.slow),
+        pytest.param(peewee.Proxy, marks=pytest.mark.slow),
+    ]
+)
 def proxy(request: pytest.FixtureRequest) -> Any:
     return request.param
 
