@@ -116,7 +116,7 @@ def test_the_application_of_a_page_answers_as_the_page_says(page: str, tmp_path:
     ((_, session),) = marked(ROOT / page, "session")
     (tmp_path / "app.py").write_text(program)
     if page == "README.md":
-        assert len([line for line in program.splitlines() if line.strip()]) <= 22
+        assert len([line for line in program.splitlines() if line.strip()]) <= 15
     with serve("app:app", cwd=tmp_path) as server:
         for exchange in session.split("$ ")[1:]:
             command, expected = exchange.strip().split("\n", 1)
