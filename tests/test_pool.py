@@ -1,15 +1,25 @@
-"""The pool: which connection a lease gets, and what becomes of it. With a driver of our own."""
+"""The pool: which connection a lease gets, and what becomes of it. Mostly with a driver of ours."""
 
 import asyncio
 import os
+import threading
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from fastapi_peewee import DatabaseUnavailable, PoolClosed, PoolTimeout, TooManyWaiting
+from fastapi_peewee import (
+    Database,
+    DatabaseUnavailable,
+    PoolClosed,
+    PoolTimeout,
+    TooManyWaiting,
+    connect,
+)
 from fastapi_peewee.pool import CHECK_AFTER, Pool
 from fastapi_peewee.state import Lease
+from tests.apps import connected
 
 LONG = 30.0
 
@@ -260,3 +270,62 @@ def test_a_forked_child_begins_with_a_pool_of_its_own(pool: Pool, driver: Driver
         assert pipe.read().decode() == "(0, 0, [2, 3], [])"
     pool.give_back(in_use)
     assert pool.stats[:2] == (0, 2)
+
+
+# The names of playhouse.pool, on real databases.
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    async with connected(database_url) as db:
+        both = threading.Barrier(2)
+        await asyncio.gather(db.run(both.wait), db.run(both.wait))  # opens two connections
+        assert db.pool_stats.idle == 2
+        yield db
+
+
+async def answers(db: Database) -> bool:
+    return (await db.aexecute_sql("SELECT 1")).fetchone() == (1,)
+
+
+async def test_close_idle(db: Database) -> None:
+    """`close_idle()` closes what nobody uses; what is in use goes on, and is kept afterwards."""
+    async with db.connection_context():
+        assert await answers(db)
+        db.close_idle()
+        assert db.pool_stats.idle == 0
+        assert await answers(db)
+    assert db.pool_stats.idle == 1
+    assert db.pool_stats.opened == 2
+
+
+async def test_close_all(db: Database) -> None:
+    """`close_all()` closes what nobody uses now, and what is in use when it comes back."""
+    async with db.connection_context():
+        assert await answers(db)
+        db.close_all()
+        assert db.pool_stats.idle == 0
+        assert await answers(db)
+    assert db.pool_stats.idle == 0
+    assert await answers(db)
+    assert db.pool_stats.opened == 3
+
+
+async def test_manual_close(db: Database) -> None:
+    """`manual_close()` has the connection in use closed when it comes back, and only that one."""
+    async with db.connection_context():
+        assert await answers(db)
+        assert await db.run(db.manual_close) is True
+        assert await answers(db)
+    assert db.pool_stats.idle == 1
+    assert await answers(db)
+    assert db.pool_stats.opened == 2
+
+
+def test_manual_close_outside_of_a_lease(database_url: str) -> None:
+    """For synchronous code `manual_close()` closes this thread's connection, as `close()` does."""
+    db = connect(database_url)
+    assert db.manual_close() is False
+    db.connect()
+    assert db.manual_close() is True
+    assert db.is_closed()

@@ -481,6 +481,25 @@ class Database(peewee.Database):
         """
         return await self.pool.drain(grace)
 
+    # The names of playhouse.pool. No connection is closed under who uses it.
+
+    def close_idle(self) -> None:
+        """Close the pool's connections that nobody uses."""
+        self.pool.close_idle()
+
+    def close_all(self) -> None:
+        """Close the pool's connections: now, or when they come back."""
+        self.pool.renew()
+
+    def manual_close(self) -> bool:
+        """Don't keep the connection that is used here; outside of requests, close it now."""
+        lease = self._state.lease()
+        if lease is None:
+            return self.close()
+        closes = lease.root.held is not None
+        self.pool.wear_out(lease)
+        return closes
+
     @property
     def pool_stats(self) -> PoolStats:
         return self.pool.stats

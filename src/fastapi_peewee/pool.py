@@ -21,6 +21,9 @@ from .state import Lease
 
 logger = logging.getLogger("fastapi_peewee")
 
+#: No epoch of a pool's.
+_WORN_OUT = -1
+
 #: Seconds since its last use after which a connection is checked before it is used again.
 CHECK_AFTER = 1.0
 
@@ -278,9 +281,20 @@ class Pool:
         """Replace every connection: the idle ones now, those in use when they come back."""
         with self._lock:
             self._epoch += 1
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses."""
+        with self._lock:
             idle, self._idle = self._idle, []
         for held in idle:
             self._close(held)
+
+    @staticmethod
+    def wear_out(lease: Lease) -> None:
+        """Close the lease's connection, instead of keeping it, when it comes back."""
+        if lease.root.held is not None:
+            lease.root.held.epoch = _WORN_OUT
 
     async def drain(self, grace: float) -> bool:
         """Wait until all leases are given back, at most `grace` seconds, and close everything.
