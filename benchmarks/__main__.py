@@ -1,16 +1,15 @@
 """``python -m benchmarks``: measure, show, and write down."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import peewee
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiment import command
 from experiment.serving import ExperimentError
 from fastapi_peewee import connect
 
@@ -144,10 +143,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=f"some of: {', '.join(choices)} (default: all)",
         )
     parser.add_argument(
-        "--seconds", type=_count, metavar="N", help="for one measurement (default: 2)"
+        "--seconds", type=command.count, metavar="N", help="for one measurement (default: 2)"
     )
     parser.add_argument(
-        "--rounds", type=_count, metavar="N", help="of which the median counts (default: 3)"
+        "--rounds", type=command.count, metavar="N", help="of which the median counts (default: 3)"
     )
     parser.add_argument(
         "--quick",
@@ -156,7 +155,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--connections",
-        type=_count,
+        type=command.count,
         default=10,
         help="that wrk has open, and so requests at a time; all pools hold 10 (default: "
         "%(default)s)",
@@ -196,19 +195,5 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= 1000:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 1000, got: {text}")
-    return count
-
-
-def _exit(signal_number: int, _: FrameType | None) -> None:
-    sys.exit(128 + signal_number)
-
-
 if __name__ == "__main__":
-    # So that `finally` runs, and no server outlives us.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _exit)
-    sys.exit(main())
+    command.run(main)

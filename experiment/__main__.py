@@ -1,12 +1,9 @@
 """``python -m experiment``: the how-to's experiment, measured and drawn."""
 
 import argparse
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from urllib.parse import urlsplit
 
 from rich import box
@@ -21,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .command import count, run
 from .drawing import draw_timeline
 from .measuring import Batch, Call, run_batch
 from .serving import APPLICATIONS, ExperimentError
@@ -67,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--calls",
-        type=_count,
+        type=count,
         nargs="+",
         default=[10, 100],
         metavar="N",
@@ -100,22 +98,11 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= 1000:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 1000, got: {text}")
-    return count
-
-
 def _picture(text: str) -> Path:
     path = Path(text)
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path
-
-
-def _exit(signal_number: int, _: FrameType | None) -> None:
-    sys.exit(128 + signal_number)
 
 
 def _run_batches(options: argparse.Namespace, console: Console) -> list[Batch]:
@@ -223,8 +210,4 @@ def _conditions(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    # So that `finally` runs, and no server outlives us. A shell that started us in the background
-    # may have had Ctrl-C ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _exit)
-    sys.exit(main())
+    run(main)

@@ -89,7 +89,7 @@ class JsonPlan(Plan):
 
     def load(self, db: Any) -> Any:
         try:
-            return self.run(db, *self.statement(db))
+            return _run(db, *self.statement(db), self.response.many)
         except NotBuilt:
             return self._rows.load(db)
 
@@ -105,10 +105,6 @@ class JsonPlan(Plan):
             except NotBuilt:
                 yield from self._rows.stream(db, size, sent)
 
-    def run(self, db: Any, sql: str, params: Sequence[Any]) -> Texts:
-        """Raises `NotBuilt` if the rows have to be read in another way."""
-        return _run(db, sql, params, self.response.many)
-
     def compile(self, db: Any, shape: Shape) -> "Compiled | None":
         """What loads all queries of this shape. None if values and parameters can't be matched."""
         template = compile_template(self._query, shape, db)
@@ -119,6 +115,7 @@ class JsonPlan(Plan):
 
 
 def _run(db: Any, sql: str, params: Sequence[Any], many: bool) -> Texts:
+    """Raises `NotBuilt` if the rows have to be read in another way."""
     with _refused_json(db), translate_driver_errors:
         return Texts(db.read_texts(sql, params), many)
 

@@ -55,9 +55,9 @@ def respond(
         return respond(Event.select().order_by(Event.id), list[EventOut], stream="jsonl")
 
     What `PeeweeRoute` does with a returned query, for responses whose type is known only in the
-    endpoint, and for streams. The query runs when the response is sent, in a worker thread, with a
-    connection of its own if the request holds none; what goes wrong then, before the first byte, is
-    answered as if the endpoint had raised it.
+    endpoint, and for streams. The query runs when the response is sent, with a connection of its
+    own if the request holds none; what goes wrong then, before the first byte, is answered as if
+    the endpoint had raised it.
 
     Args:
         returned: a query that reads, not executed; an instance or list of a model; or None.

@@ -87,7 +87,7 @@ class PeeweeRoute(APIRoute):
 
 
 def without_lease(endpoint: Endpoint) -> Endpoint:
-    """Mark a `def` endpoint that needs no database: it runs as on a plain route.
+    """Mark an endpoint that needs no database: it runs as on a plain route.
 
     It goes under the route's decorator::
 
@@ -148,12 +148,9 @@ class _Answers:
         plain = self._as_bytes and not any(
             value for name, value in self._options.items() if name != "by_alias"
         )
-        self._plans = Plans(
+        self.plans = Plans(
             route.response_model, by_alias=route.response_model_by_alias, as_json=plain
         )
-
-    def needs_database(self, returned: Any) -> bool:
-        return self._plans.needs_database(returned)
 
     def load(self, returned: Any) -> tuple[Any, Any, list[Any]]:
         """Read and validate, with a connection: what was returned, the response, the errors."""
@@ -161,16 +158,13 @@ class _Answers:
             return returned, returned.load(), []
         if isinstance(returned, Response):
             return returned, None, []
-        value = self._plans.load(returned)
+        value = self.plans.load(returned)
         if isinstance(value, Texts):
             return returned, value, []
         with self._no_lazy_loads():
             if self._field is None:
                 return returned, jsonable_encoder(value), []
             return returned, *self._field.validate(value, {}, loc=("response",))
-
-    async def aload(self, returned: Any) -> Texts | None:
-        return await self._plans.aload(returned)
 
     def _no_lazy_loads(self) -> AbstractContextManager[None]:
         request = RequestScope.current.get()
@@ -209,8 +203,8 @@ def _answering(
         returned = await endpoint(**values)
         if isinstance(returned, Response):
             return returned
-        if answers.needs_database(returned):
-            if is_query(returned) and (texts := await answers.aload(returned)) is not None:
+        if answers.plans.needs_database(returned):
+            if is_query(returned) and (texts := await answers.plans.aload(returned)) is not None:
                 return answers.serialise((returned, texts, []))
             db = database_of(returned)
             db = db if isinstance(db, Database) else _database()
