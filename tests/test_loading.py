@@ -20,21 +20,11 @@ from pydantic import (
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, Plan, RowPlan, Texts, plan
 from tests.fidelity import connection
+from tests.shop import ItemOut, UserOut
 
 
 class TagOut(BaseModel):
     text: str
-
-
-class ItemOut(BaseModel):
-    id: int
-    title: str
-
-
-class UserOut(BaseModel):
-    id: int
-    name: str
-    items: list[ItemOut]
 
 
 class FullItemOut(BaseModel):

@@ -11,38 +11,16 @@ from pydantic import BaseModel, create_model, field_validator
 from fastapi_peewee import Database, SchemaError
 from tests.apps import client, make_app
 from tests.apps import db as db
+from tests.shop import BareUserOut, ItemOut, Models
 
 
-class ItemOut(BaseModel):
-    id: int
-    title: str
-
-
-class UserOut(BaseModel):
-    id: int
-    name: str
-
-
-class Checked(UserOut):
+class Checked(BareUserOut):
     """Not for the database to build."""
 
     @field_validator("name")
     @classmethod
     def same(cls, name: str) -> str:
         return name
-
-
-class Models:
-    def __init__(self, db: Database) -> None:
-        class User(db.Model):
-            name = peewee.CharField()
-
-        class Item(db.Model):
-            title = peewee.CharField()
-            owner = peewee.ForeignKeyField(User, backref="items")
-
-        self.User: Any = User
-        self.Item: Any = Item
 
 
 @pytest.fixture
@@ -88,7 +66,7 @@ QUERIES: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("base", [UserOut, Checked], ids=["json", "rows"])
+@pytest.mark.parametrize("base", [BareUserOut, Checked], ids=["json", "rows"])
 @pytest.mark.parametrize("name", QUERIES)
 async def test_a_parent_has_its_own_rows_only(
     db: Database, models: Models, name: str, base: type[BaseModel]
@@ -120,13 +98,13 @@ async def test_what_can_not_be_a_relation_s_query(db: Database, models: Models) 
             (User.select(), "the relation is to"),
         ]
     ):
-        app.get(f"/{number}", response_model=with_items(UserOut, query))(lambda: User.select())
+        app.get(f"/{number}", response_model=with_items(BareUserOut, query))(lambda: User.select())
         async with client(app, raises=True) as http:
             with pytest.raises(SchemaError, match=rf"relation WithItems\.items .*{reason}"):
                 await http.get(f"/{number}")
 
     class Owned(BaseModel):
-        owner: Annotated[UserOut, User.select().where(User.id > 1)]
+        owner: Annotated[BareUserOut, User.select().where(User.id > 1)]
 
     app.get("/owned", response_model=list[Owned])(lambda: Item.select())
     async with client(app, raises=True) as http:

@@ -24,17 +24,7 @@ from fastapi_peewee import (
 )
 from tests.apps import client, connected, make_app
 from tests.apps import db as db
-
-
-class ItemOut(BaseModel):
-    id: int
-    title: str
-
-
-class UserOut(BaseModel):
-    id: int
-    name: str
-    items: list[ItemOut]
+from tests.shop import ItemOut, Models, UserOut
 
 
 class ItemLess(BaseModel):
@@ -64,20 +54,6 @@ class Checked(BaseModel):
 
 ADA = {"id": 1, "name": "Ada", "items": [{"id": 1, "title": "a"}, {"id": 2, "title": "b"}]}
 BOB = {"id": 2, "name": "Bob", "items": []}
-
-
-class Models:
-    def __init__(self, db: Database) -> None:
-        class User(db.Model):
-            name = peewee.CharField()
-            note = peewee.CharField(null=True)
-
-        class Item(db.Model):
-            title = peewee.CharField()
-            owner = peewee.ForeignKeyField(User, backref="items")
-
-        self.User: Any = User
-        self.Item: Any = Item
 
 
 @pytest.fixture
