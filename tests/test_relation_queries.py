@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import peewee
 import pytest
 from peewee import SQL
-from pydantic import BaseModel, create_model, field_validator
+from pydantic import BaseModel, Field, create_model, field_validator
 
 from fastapi_peewee import Database, SchemaError
 from tests.apps import client, make_app
@@ -138,3 +138,43 @@ async def test_fields_with_names_like_those_in_the_statement(db: Database) -> No
         app.get(f"/{number}", response_model=out(alias))(lambda: Pixel.select())
         async with client(app, raises=True) as http:
             assert (await http.get(f"/{number}")).json() == [{"r": 1, "q": 2, alias: 3}]
+
+
+async def test_a_relation_that_two_fields_read(db: Database, models: Models) -> None:
+    """Two fields may read one relation; with different queries they are refused, not mixed up.
+
+    Pydantic finds the rows of both under one name.
+    """
+
+    class Ids(BaseModel):
+        id: int
+
+    class Both(BareUserOut):
+        items: list[ItemOut]
+        ids: list[Ids] = Field(validation_alias="items")
+
+    class Differing(BareUserOut):
+        items: list[ItemOut]
+        last: Annotated[list[Ids], models.Item.select().order_by(models.Item.id.desc())] = Field(
+            validation_alias="items"
+        )
+
+    app = make_app(db)
+
+    @app.get("/both", response_model=Both)
+    def both() -> Any:
+        return models.User.select().where(models.User.name == "Bob")
+
+    @app.get("/differing", response_model=Differing)
+    def differing() -> Any:
+        return models.User.select()
+
+    async with client(app, raises=True) as http:
+        assert (await http.get("/both")).json() == {
+            "id": 2,
+            "name": "Bob",
+            "items": [{"id": 3, "title": "c"}, {"id": 4, "title": "d"}],
+            "ids": [{"id": 3}, {"id": 4}],
+        }
+        with pytest.raises(SchemaError, match=r"Differing\.items and last both read 'items'"):
+            await http.get("/differing")

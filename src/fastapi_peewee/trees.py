@@ -356,6 +356,15 @@ class Response:
         if core["cls"] in above:
             tree.instances.append(f"{name} is of a type that contains itself, to no stated depth")
             return
+        for twin in tree.relations:
+            if twin.key == key and twin.query is not query:
+                raise SchemaError(
+                    f"{tree.schema.__name__}.{twin.name} and {name} both read {key!r}, but with "
+                    "different queries. Where Pydantic validates, they would get the same rows: "
+                    "put one of them into a model of its own."
+                )
+            if twin.key == key:
+                tree.instances.append(f"{twin.name} and {name} both read {key!r}")
         below = self._tree(core, other, above)
         if odd:
             below.instances.append(f"{name} has a validator or a serialiser around it")
