@@ -88,8 +88,7 @@ class Tabs:
             browser.switch_to.new_window("tab")
             self._handles.append(browser.current_window_handle)
             browser.get(f"{url}/docs#/default/read_slow_users_slowusers__get")
-            self._wait_for(".try-out__btn").click()
-            self._wait_for(".execute")
+            self._try_it_out()
             browser.execute_script(CLICK_WHEN_TOLD)
             # Else Chromium holds back a request while the same one is under way. It is "Disable
             # cache" in the developer tools.
@@ -134,6 +133,19 @@ class Tabs:
         for handle in self._handles:
             self._browser.switch_to.window(handle)
             yield
+
+    def _try_it_out(self) -> None:
+        """Click *Try it out* until the page takes it: while it draws itself, a click can get lost."""
+
+        def tried(browser: webdriver.Chrome) -> bool:
+            if browser.find_elements(By.CSS_SELECTOR, f"{OPERATION} .execute"):
+                return True
+            browser.execute_script(
+                f"document.querySelector('{OPERATION} .try-out__btn:not(.cancel)')?.click()"
+            )
+            return False
+
+        WebDriverWait(self._browser, 60).until(tried, "Try it out does nothing")
 
     def _wait_for(self, part: str) -> WebElement:
         found = WebDriverWait(self._browser, 60).until(
