@@ -19,6 +19,7 @@ ORDER = [
     "gate",
     "state",
     "shapes",
+    "templates",
     "pool",
     "calls",
     "blocks",

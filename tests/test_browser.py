@@ -135,7 +135,7 @@ class Tabs:
             yield
 
     def _try_it_out(self) -> None:
-        """Click *Try it out* until the page takes it: while it draws itself, a click can get lost."""
+        """Click *Try it out* until the page takes it: while it draws itself, clicks get lost."""
 
         def tried(browser: webdriver.Chrome) -> bool:
             if browser.find_elements(By.CSS_SELECTOR, f"{OPERATION} .execute"):

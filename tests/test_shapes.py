@@ -16,15 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peewee import JOIN, SQL, Case, Cast, EnclosedNodeList, Value, ValuesList, Window, fn
 
-from fastapi_peewee import shapes
-from fastapi_peewee.shapes import (
-    Shape,
-    Template,
-    compile_template,
-    param,
-    shape_of,
-    with_values,
-)
+from fastapi_peewee import templates
+from fastapi_peewee.shapes import Shape, param, shape_of
+from fastapi_peewee.templates import Template, compile_template, with_values
 
 SQLITE = peewee.SqliteDatabase(None)
 POSTGRES = peewee.PostgresqlDatabase(None)
@@ -512,7 +506,7 @@ def test_parameters_are_bound_wherever_a_value_can_be(name: str) -> None:
 
     numbers: list[int] = []
     plain = QUERIES[name](3, "a")
-    query = shapes._copied(plain, named)
+    query = templates.copied(plain, named)
     values = {f"p{index}": number for index, number in enumerate(numbers, 1)}
     assert taken(with_values(query, values)).key == taken(plain).key
     assert with_values(query, values).sql() == plain.sql()

@@ -16,7 +16,8 @@ from .columns import base_model
 from .database import Database, NotBuilt
 from .plans import Compiled, JsonPlan, Plan, Texts, plan
 from .reading import complete
-from .shapes import Shape, shape_of, with_values
+from .shapes import Shape, shape_of
+from .templates import with_values
 from .trees import Leaf, Relation, Response, Tree
 
 #: How many compiled statements a response type keeps.

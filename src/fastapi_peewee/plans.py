@@ -21,8 +21,9 @@ from .columns import Narrowed, Unplannable, base_model, check, check_relations, 
 from .database import NotBuilt, encoded
 from .json_sql import NoJson, writer
 from .reading import complete, count_relations, dictionaries, one_snapshot
-from .shapes import Shape, Template, compile_template
+from .shapes import Shape
 from .state import translate_driver_errors
+from .templates import Template, compile_template
 from .trees import Response, Tree
 
 _ONE = SQL("1")
