@@ -20,6 +20,7 @@ ORDER = [
     "state",
     "shapes",
     "templates",
+    "sql_cache",
     "pool",
     "calls",
     "blocks",

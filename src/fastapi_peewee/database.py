@@ -21,6 +21,7 @@ import peewee
 from .blocks import Atomic, LeaseContext, Savepoint, Transaction
 from .calls import Call, detached, result_of, run_follow_ups
 from .pool import Pool, PoolStats
+from .sql_cache import SqlCache
 from .state import (
     Lease,
     PeeweeConnectionState,
@@ -73,6 +74,7 @@ class Database(peewee.Database):
         super().__init__(database, *args, **{**kwargs, "thread_safe": False})
         self.thread_safe = True
         self._state = PeeweeConnectionState()
+        self._sql_cache = SqlCache(self)
         self.pool = Pool(
             self,
             size=pool_size,
@@ -225,6 +227,12 @@ class Database(peewee.Database):
                 self.close_connection(conn)
 
     # Using a lease.
+
+    def execute(self, query: Any, **context_options: Any) -> Any:
+        statement = None if context_options else self._sql_cache.statement(query)
+        if statement is None:
+            return super().execute(query, **context_options)
+        return self.execute_sql(*statement)
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         forbid_lazy_load()

@@ -107,6 +107,7 @@ _LIST_TESTS = (peewee.OP.IN, peewee.OP.NOT_IN)
 _SELECTS = (peewee.Select, peewee.ModelSelect, peewee.ManyToManyQuery)
 _COMPOUNDS = (peewee.CompoundSelectQuery, peewee.ModelCompoundSelectQuery)
 QUERIES = frozenset(_SELECTS + _COMPOUNDS)
+WRITES = frozenset((peewee.ModelDelete, peewee.ModelInsert, peewee.ModelUpdate))
 _SOURCES = QUERIES | {peewee.Table, peewee.ValuesList, CTE}
 EXPRESSIONS = (Expression, peewee.StringExpression)
 
@@ -150,6 +151,9 @@ CHILDREN: dict[Any, tuple[str, ...]] = {
     peewee.ForUpdate: ("_of",),
     peewee.Function: ("arguments", "_order_by", "_filter"),
     peewee.Join: ("lhs", "rhs", "_on"),
+    peewee.ModelDelete: ("_where", "_order_by", "_limit", "_offset", "_returning"),
+    peewee.ModelInsert: ("_returning",),
+    peewee.ModelUpdate: ("_where", "_order_by", "_limit", "_offset", "_returning"),
     peewee.NodeList: ("nodes",),
     peewee.ValuesList: ("_values",),
     peewee.Window: ("partition_by", "order_by", "start", "end", "_exclude"),
@@ -199,6 +203,50 @@ def _walk_query(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any,
         number = _number(node.model, tokens, seen)
         tokens += _MODEL, number
     _walk_node(node, tokens, values, seen)
+
+
+def _walk_write(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    cls = type(node)
+    if node._cte_list or getattr(node, "_from", None) is not None:
+        raise Unknown
+    number = _number(node.model, tokens, seen)
+    tokens += cls, number
+    if cls is not peewee.ModelDelete:
+        written = node._update if cls is peewee.ModelUpdate else _inserted(node)
+        tokens.append(len(written))
+        for field, value in written.items():
+            if not isinstance(field, Field):
+                raise Unknown
+            walk(field, tokens, values, seen)
+            if cls is peewee.ModelUpdate and isinstance(value, Node):
+                _walk_assigned(value, tokens, values, seen)
+            elif isinstance(value, SQL_MAKERS):
+                raise Unknown
+            else:
+                _walk_value(value, tokens, values, seen)  # a list is one value, too
+    for name in CHILDREN[cls]:
+        child = getattr(node, name)
+        if child is None:
+            tokens.append(None)
+        else:
+            walk(child, tokens, values, seen)
+
+
+def _inserted(node: Any) -> dict[Any, Any]:
+    """The one row of an INSERT that says all that is to be known of its columns."""
+    row = node._insert
+    if type(row) is not dict or not row or node._columns or node._on_conflict is not None:
+        raise Unknown
+    if any(field not in row for field in node.model._meta.defaults):
+        raise Unknown  # the value of a default is made with the SQL
+    return row
+
+
+def _walk_assigned(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    """An expression such as `Counter.value + 1`; a model is one to Peewee, too, but not to us."""
+    if isinstance(node, Model | Parameter):
+        raise Unknown
+    walk(node, tokens, values, seen)
 
 
 def _walk_value(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
@@ -413,6 +461,23 @@ _WALKS: dict[Any, Callable[[Any, list[Any], list[Any], dict[Any, Any]], None]] =
     InstanceTag: _walk_instance,
 }
 _PLAIN = frozenset(cls for cls, walk in _WALKS.items() if walk is _walk_value)
+
+
+def shape_of_write(query: Any) -> Shape | None:
+    """The shape of an INSERT of one row, an UPDATE or a DELETE, or None.
+
+    None if there is anything in it that we don't know, and for rows that lack columns for which
+    the model has defaults.
+    """
+    if type(query) not in WRITES:
+        return None
+    tokens: list[Any] = []
+    values: list[Any] = []
+    try:
+        _walk_write(query, tokens, values, {PARAMETERS: False})
+    except Unknown:
+        return None
+    return Shape(tuple(tokens), values, query, parameters=False)
 
 
 def shape_of(query: Any, *, parameters: bool = False) -> Shape | None:

@@ -12,7 +12,7 @@ from operator import is_
 from typing import Any
 
 import peewee
-from peewee import CTE, Model, Value
+from peewee import CTE, Model, Node, Value
 
 from .shapes import (
     CHILDREN,
@@ -22,6 +22,7 @@ from .shapes import (
     QUERIES,
     SQL_MAKERS,
     TAGS,
+    WRITES,
     InstanceTag,
     NamedTag,
     Parameter,
@@ -31,6 +32,7 @@ from .shapes import (
     Tag,
     Unknown,
     shape_of,
+    shape_of_write,
     walk,
 )
 
@@ -120,6 +122,12 @@ def _copied_node(node: Any, leaf: Callable[[Any], Any]) -> Any:
     else:
         if cls in QUERIES and node._cte_list:
             attributes["_cte_list"] = [_copied_node(cte, leaf) for cte in node._cte_list]
+        for name in ("_insert", "_update") if cls in WRITES else ():
+            if name in attributes:
+                attributes[name] = {
+                    field: copied(value, leaf) if isinstance(value, Node) else leaf(value)
+                    for field, value in attributes[name].items()
+                }
         for name in CHILDREN[cls]:
             if attributes[name] is not None or cls in EXPRESSIONS:
                 attributes[name] = copied(attributes[name], leaf)  # None in `x < None` is a value
@@ -212,7 +220,8 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
     if database.context_class is not peewee.Context:
         return None
     tagged = copied(shape.query, _tag)
-    again = shape_of(tagged, parameters=True)
+    write = type(query) in WRITES
+    again = shape_of_write(tagged) if write else shape_of(tagged, parameters=True)
     if again is None or again.key != shape.key:
         return None
     index_of = {tag: index for index, tag in enumerate(again.values)}
