@@ -21,6 +21,7 @@ ORDER = [
     "shapes",
     "templates",
     "sql_cache",
+    "workers",
     "pool",
     "calls",
     "blocks",

@@ -107,7 +107,10 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         cursor = super().cursor(named_cursor)
         lease = self._state.lease()
         if lease is not None:
-            lease.root.cursors.add(cursor)
+            root = lease.root
+            if root.cursors is None:
+                root.cursors = weakref.WeakSet()
+            root.cursors.add(cursor)
         return cursor
 
     def _initialize_connection(self, conn: Any) -> None:
@@ -129,7 +132,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         return True
 
     def clean(self, conn: Any, lease: Lease) -> bool:
-        for cursor in lease.cursors:
+        for cursor in lease.cursors or ():
             cursor.close()  # one that is half read keeps the connection on an old snapshot
         if conn.in_transaction:
             conn.rollback()

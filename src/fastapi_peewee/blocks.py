@@ -104,9 +104,9 @@ class _Block:
         try:
             self._entered = await result_of(call)
         except BaseException as error:
-            entered = not call.cancelled() and call.exception() is None
-            # If so, the task was cancelled meanwhile, and nobody else will leave the block.
-            await leave(db, lease, partial(self._end, error) if entered else _nothing)
+            # If it was entered, the task was cancelled meanwhile: nobody else will leave the block.
+            last = _nothing if call.error else partial(self._end, error)
+            await leave(db, lease, last)
             raise
         self._lease, self._left = lease, False
         request = RequestScope.current.get()

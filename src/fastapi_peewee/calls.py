@@ -7,9 +7,9 @@ somebody else, nor lose its slot.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from threading import get_ident
 from typing import Any
 
@@ -18,7 +18,7 @@ import anyio
 # What makes `anyio.from_thread.run(…)` work in a thread that anyio hasn't made, as it does in those
 # of FastAPI's own `def` endpoints. It has no public form.
 from anyio._core._eventloop import claim_worker_thread
-from anyio.lowlevel import current_token
+from anyio.lowlevel import EventLoopToken, current_token
 
 from .pool import Pool
 from .state import CursorWrapper, Lease, PeeweeConnectionState
@@ -26,12 +26,27 @@ from .state import CursorWrapper, Lease, PeeweeConnectionState
 logger = logging.getLogger("fastapi_peewee")
 
 
-class Call(Future[Any]):
+class Call:
     """`fn()` in a worker thread that has the turn of `lease`; afterwards `release(lease)`.
 
     With `then`, the result is `then(fn())`, of which the second half runs in the same thread when
     the lease has been released. Made by the task that has the turn, which then awaits `result_of`.
     """
+
+    __slots__ = (
+        "_begun",
+        "_end",
+        "_ended",
+        "_fn",
+        "_lease",
+        "_loop",
+        "_pool",
+        "_release",
+        "_result",
+        "_state",
+        "_then",
+        "error",
+    )
 
     def __init__(
         self,
@@ -42,49 +57,89 @@ class Call(Future[Any]):
         release: Callable[[Lease], None],
         then: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__()
+        self._pool = pool
+        self._state = state
         self._lease = lease
+        self._fn = fn
         self._release = release
-        context = copy_context()
-        token = current_token()
-
-        def body() -> Any:
-            state.bind(lease)
-            lease.owner = get_ident()
-            pool.connect(lease.root)
-            result = fn()
-            if isinstance(result, CursorWrapper):
-                result.fill_cache()  # its rows are unreachable once the lease is over
-            return result
-
-        def work() -> None:
-            if not self.set_running_or_notify_cancel():
-                return  # whoever cancelled it has released the lease
-            try:
-                with claim_worker_thread(token.backend_class, token.native_token):
-                    try:
-                        result = context.run(body)
-                    finally:
-                        self._let_go()
-                    if then is not None:
-                        result = context.run(then, result)
-            except BaseException as error:
-                self.set_exception(error)
-            else:
-                self.set_result(result)
-
+        self._then = then
+        self._result: Any = None
+        #: What was raised, or that it was dropped; None if it hasn't ended, or has succeeded.
+        self.error: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
+        # Who takes the token carries the call out, or has dropped it: the thread or the task.
+        self._begun = deque((None,))
+        # These two belong to the event loop.
+        self._ended = False
+        self._end: asyncio.Future[None] | None = None
+        context, token = copy_context(), current_token()
         try:
-            pool.workers.submit(work)
+            pool.workers.put(lambda: self._work(context, token))
         except BaseException:  # no thread could be started
             self._let_go()
             raise
 
+    def end(self) -> "asyncio.Future[None]":
+        """A future that is done when the thread is done with the call."""
+        self._end = self._loop.create_future()
+        if self._ended:
+            self._end.set_result(None)
+        return self._end
+
+    def result(self) -> Any:
+        """What came of it, when it has ended."""
+        if self.error is not None:
+            raise self.error
+        return self._result
+
     def give_up(self) -> bool:
-        """Cancel the call if its thread hasn't begun it. Returns whether that was so."""
-        if self.cancel():
+        """Drop the call if its thread hasn't begun it. Returns whether that was so."""
+        if self._take():
+            self.error = asyncio.CancelledError()
             self._let_go()
             return True
         return False
+
+    def _take(self) -> bool:
+        try:
+            self._begun.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _work(self, context: Context, token: EventLoopToken) -> None:
+        if not self._take():
+            return  # whoever gave it up has released the lease
+        try:
+            with claim_worker_thread(token.backend_class, token.native_token):
+                try:
+                    result = context.run(self._body)
+                finally:
+                    self._let_go()
+                if self._then is not None:
+                    result = context.run(self._then, result)
+            self._result = result
+        except BaseException as error:
+            self.error = error
+        try:
+            self._loop.call_soon_threadsafe(self._has_ended)
+        except RuntimeError:
+            logger.debug("An event loop was closed before its database call had ended.")
+
+    def _body(self) -> Any:
+        lease = self._lease
+        self._state.bind(lease)
+        lease.owner = get_ident()
+        self._pool.connect(lease.root)
+        result = self._fn()
+        if isinstance(result, CursorWrapper):
+            result.fill_cache()  # its rows are unreachable once the lease is over
+        return result
+
+    def _has_ended(self) -> None:
+        self._ended = True
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
 
     def _let_go(self) -> None:
         self._lease.owner = None
@@ -101,26 +156,12 @@ async def result_of(call: Call, *, certain: bool = False) -> Any:
     ROLLBACK has to be carried out. In any case `CancelledError` is raised in the end.
     """
     try:
-        await _end_of(call)
+        await call.end()
     except asyncio.CancelledError:
         if certain or not call.give_up():
-            await uninterrupted(_end_of(call))
+            await uninterrupted(call.end())
         raise
     return call.result()
-
-
-def _end_of(call: Call) -> asyncio.Future[None]:
-    loop = asyncio.get_running_loop()
-    end = loop.create_future()
-
-    def wake(_: Any) -> None:
-        try:
-            loop.call_soon_threadsafe(_set, end)
-        except RuntimeError:
-            logger.debug("An event loop was closed before its database call had ended.")
-
-    call.add_done_callback(wake)
-    return end
 
 
 async def uninterrupted(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
@@ -137,11 +178,6 @@ async def uninterrupted(future: asyncio.Future[Any]) -> asyncio.CancelledError |
             except asyncio.CancelledError as error:
                 cancelled = error
     return cancelled
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 async def run_follow_ups(lease: Lease) -> None:

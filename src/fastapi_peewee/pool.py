@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import peewee
@@ -18,6 +17,7 @@ import peewee
 from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
 from .state import Lease
+from .workers import Workers
 
 logger = logging.getLogger("fastapi_peewee")
 
@@ -122,7 +122,7 @@ class Pool:
         self._lock = threading.Lock()
         self._gate = Gate(self.size, max_waiting=self.max_waiting)
         self._idle: list[_Held] = []
-        self._workers: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
 
     @property
     def stats(self) -> PoolStats:
@@ -137,7 +137,7 @@ class Pool:
         )
 
     @property
-    def workers(self) -> ThreadPoolExecutor:
+    def workers(self) -> Workers:
         """Threads for those who hold a lease.
 
         More than connections, since one may still serialise a response whose lease is over.
@@ -146,7 +146,7 @@ class Pool:
         if workers is None:
             with self._lock:
                 if self._workers is None:
-                    self._workers = ThreadPoolExecutor(2 * self.size, "fastapi-peewee")
+                    self._workers = Workers(2 * self.size, "fastapi-peewee")
                 workers = self._workers
         return workers
 
@@ -317,7 +317,7 @@ class Pool:
         def close() -> None:
             self.renew()
             if workers is not None:
-                workers.shutdown(wait=drained)
+                workers.end(wait=drained)
 
         await asyncio.to_thread(close)
         return drained

@@ -102,7 +102,7 @@ class Lease:
         slot: the pool's gate, to which the slot goes back.
         held: the pool's record of the connection; None before the first call.
         tainted: the session may have been changed; reset before the next user.
-        cursors: SQLite's open cursors, each of which keeps the connection on an old snapshot.
+        cursors: SQLite's, if there were any; an open one keeps the connection on an old snapshot.
         server_cursors: PostgreSQL's; kept until the lease ends, since one that is collected earlier
             would speak to the server at a time of the collector's choosing.
         contexts: how many `connection_context()` blocks share it, if threads of a request took it.
@@ -151,7 +151,7 @@ class Lease:
         self.held: Any = None
         self.tainted = False
         self.contexts = 0
-        self.cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.cursors: weakref.WeakSet[Any] | None = None
         self.server_cursors: list[Any] = []
         self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
 
