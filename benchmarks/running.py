@@ -176,11 +176,12 @@ def _serving(
     """The application on a fresh copy of the database, bound to a core."""
     with ExitStack() as exits:
         copy = exits.enter_context(filled.copy())
+        options = STACKS[stack].sqlite_options if database == "sqlite" else ""
         with pinned(core):
             server = exits.enter_context(
                 serve(
                     STACKS[stack].application.format(database=database),
-                    _settings(filled) | {"DATABASE_URL": copy.url},
+                    _settings(filled) | {"DATABASE_URL": copy.url + options},
                     python=plan.python,
                     options=_UVICORN,
                 )

@@ -14,10 +14,13 @@ class Stack(NamedTuple):
 
     title: str
     application: str
+    #: What is added to the URL of a SQLite file.
+    sqlite_options: str = ""
 
 
 STACKS = {
-    OURS: Stack("sql_app, on this library", "sql_app.main:app"),
+    # As sql_app has it by default.
+    OURS: Stack("sql_app, on this library", "sql_app.main:app", "?inline_reads=0.002"),
     "recipe": Stack("FastAPI’s former how-to on Peewee", "benchmarks.apps.recipe:app"),
     "pwasyncio": Stack("Peewee’s own asyncio extension", "benchmarks.apps.pwasyncio:app"),
     "sqlmodel": Stack("SQLModel, `def` endpoints", "benchmarks.apps.sqlmodel:app"),

@@ -4,4 +4,4 @@ import os
 
 from fastapi_peewee import connect
 
-db = connect(os.environ.get("DATABASE_URL") or "sqlite:///test.db")
+db = connect(os.environ.get("DATABASE_URL") or "sqlite:///test.db?inline_reads=0.002")

@@ -28,6 +28,7 @@ ORDER = [
     "verbs",
     "database",
     "libpq",
+    "inline",
     "backends",
     "values",
     "schemas",

@@ -1,8 +1,8 @@
 """`connect(url)`, and where SQLite, PostgreSQL and MySQL differ: each is a class of Peewee's."""
 
+import asyncio
 import functools
 import itertools
-import logging
 import math
 import re
 import sqlite3
@@ -18,6 +18,7 @@ import peewee
 
 from .blocks import Atomic
 from .database import Database, NotBuilt, encoded
+from .inline import InlineReader
 from .libpq import Statements
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
@@ -28,12 +29,23 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
 
     def __init__(
-        self, database: str, pragmas: Any = None, *, busy_timeout: float = 5.0, **kwargs: Any
+        self,
+        database: str,
+        pragmas: Any = None,
+        *,
+        busy_timeout: float = 5.0,
+        inline_reads: float = 0.0,
+        **kwargs: Any,
     ) -> None:
+        if not float(inline_reads) >= 0:
+            raise ValueError(f"inline_reads must be seconds, 0 or more, got: {inline_reads!r}")
         # A transaction that reads first and then writes can't wait for another writer: SQLite
         # fails it at once (SQLITE_BUSY_SNAPSHOT). So the write lock is taken at the beginning.
         kwargs.setdefault("lock_type", "IMMEDIATE")
         self._busy_timeout = busy_timeout
+        self._inline: InlineReader | None = None
+        if float(inline_reads):
+            self._inline = InlineReader(self.open_connection, float(inline_reads))
         super().__init__(database, pragmas, **kwargs)
 
     def init(self, database: str, pragmas: Any = None, **kwargs: Any) -> None:
@@ -117,6 +129,20 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         super()._initialize_connection(conn)
         conn.create_function("fastapi_peewee_float", 1, _json_float, deterministic=True)
 
+    async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
+        inline = self._inline
+        if inline is None or self._state.lease() is not None or self.watched:
+            return None
+        if not inline.ready:
+            await asyncio.to_thread(inline.open)
+        rows = inline.read(sql, params)
+        return None if rows is None else encoded(rows)
+
+    def close_all(self) -> None:
+        super().close_all()
+        if self._inline is not None:
+            self._inline.close()
+
     def refuses_json(self, error: Exception) -> bool:
         return "JSON" in str(error)  # "JSON cannot hold BLOB values", "malformed JSON"
 
@@ -154,7 +180,7 @@ def _renewing(name: str) -> Any:
     def renewing(self: SqliteDatabase, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         if hasattr(self, "pool"):
-            self.pool.renew()
+            self.close_all()
         return result
 
     return renewing
@@ -266,9 +292,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             self.pool.give_back(lease)
 
     def _unwatched(self, sql: str) -> bool:
-        """Whether nobody wants to see the statement, and it leaves the session as it was."""
-        watched = self.query_hooks or peewee.logger.isEnabledFor(logging.DEBUG)
-        return not watched and not self.taints(sql)
+        """Whether nobody wants to see it, and it leaves the session as it was."""
+        return not self.watched and not self.taints(sql)
 
     def texts(self, cursor: Any) -> list[bytes]:
         result = cursor.pgresult  # as libpq has them: unread, in UTF-8
@@ -448,7 +473,8 @@ def connect(
         max_waiting: how many may wait at a time; more get `TooManyWaiting` at once.
         max_lifetime: seconds after which a connection is replaced.
         options: for Peewee's database class and, through it, the driver: `pragmas`,
-            `busy_timeout` (SQLite; seconds), `connect_timeout` (PostgreSQL, MySQL; seconds), …
+            `busy_timeout` and `inline_reads` (SQLite; seconds), `connect_timeout` (PostgreSQL,
+            MySQL; seconds), …
 
     Raises:
         ValueError: the URL can't be understood, or a setting is out of range.

@@ -86,7 +86,7 @@ class Database(peewee.Database):
     def init(self, database: str, **kwargs: Any) -> None:
         super().init(database, **kwargs)
         if hasattr(self, "pool"):
-            self.pool.renew()
+            self.close_all()
 
     # Peewee's blocks, with an async side.
 
@@ -467,6 +467,11 @@ class Database(peewee.Database):
         """The same on the event loop, without a thread; None where that can't be, or not now."""
         return None
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to see each statement, as Peewee's hooks or its log show it."""
+        return bool(self.query_hooks) or peewee.logger.isEnabledFor(logging.DEBUG)
+
     def texts(self, cursor: Any) -> Sequence[bytes]:
         """The first column of all rows of a cursor."""
         return encoded(cursor.fetchall())
@@ -487,7 +492,9 @@ class Database(peewee.Database):
         Those who wait for one get `PoolClosed`. Returns whether all came back in time; the others
         are closed when they do. Using the database afterwards opens the pool again.
         """
-        return await self.pool.drain(grace)
+        drained = await self.pool.drain(grace)
+        await asyncio.to_thread(self.close_all)
+        return drained
 
     # The names of playhouse.pool. No connection is closed under who uses it.
 

@@ -192,6 +192,8 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
     All of it is begun before any of it is awaited, in tasks of their own: if the request was
     cancelled, the first `await` here raises.
     """
+    if not request.leases and not request.blocks:
+        return
     # A block left open by the request's own task, or by one that has ended, is in a generator that
     # nobody reads any more.
     current = asyncio.current_task()
