@@ -174,11 +174,11 @@ def db(connected: Callable[..., Database]) -> Database:
 def connected(database_url: str) -> Iterator[Callable[..., Database]]:
     """Makes such a database, with options of its own."""
     with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(_with_tables(connect(database_url, **options)))
+        yield lambda **options: stack.enter_context(with_tables(connect(database_url, **options)))
 
 
 @contextmanager
-def _with_tables(database: Database) -> Iterator[Database]:
+def with_tables(database: Database) -> Iterator[Database]:
     database.bind([User, Note])
     with database.allow_sync(), database.connection_context():
         database.create_tables([User, Note])

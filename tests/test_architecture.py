@@ -25,6 +25,8 @@ ORDER = [
     "pool",
     "calls",
     "blocks",
+    "outcomes",
+    "retries",
     "verbs",
     "database",
     "libpq",

@@ -33,15 +33,22 @@ def marked(page: Path, kind: str) -> list[tuple[str, str]]:
 #: What is run after a page's own code, to see that it did what the page says.
 CHECKS = {
     "transactions.md": """
-import asyncio
+import asyncio, httpx
 async def main() -> None:
-    await db.acreate_tables([Account])
+    await db.acreate_tables([Account, Payment])
     a, b = await Account.acreate(balance=10), await Account.acreate(balance=0)
     await transfer(a.id, b.id, 3)
     await deposit(b.id, 1)
     assert [r.balance for r in await Account.select().order_by(Account.id).aexecute()] == [7, 4]
     assert await report() == 11
     await create()
+    await pay(a.id, b.id)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        await client.post(f"/move?source={b.id}&target={a.id}")
+        pay_once = f"/payments?key={UUID(int=7)}&amount=5"
+        assert [(await client.post(pay_once)).status_code for _ in "12"] == [201, 409]
+    assert [r.balance for r in await Account.select().order_by(Account.id).aexecute()] == [2, 4, 0]
+    await close(a.id)
     await db.close_pool()
 asyncio.run(main())
 """,

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+import select
 import sqlite3
 import time
 import uuid
@@ -18,6 +19,7 @@ import peewee
 
 from .blocks import Atomic
 from .database import Database, NotBuilt, encoded
+from .exceptions import TransactionAborted
 from .inline import InlineReader
 from .libpq import Statements
 from .state import Lease, forbid_lazy_load, translate_driver_errors
@@ -156,6 +158,16 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
     def is_alive(self, conn: Any) -> bool:
         return True
+
+    def lost(self, conn: Any, error: Exception) -> bool:
+        return False
+
+    def ended(self, conn: Any, error: Exception) -> bool:
+        return not conn.in_transaction  # the disk is full, or can't be read
+
+    def transient(self, error: BaseException | None) -> bool:
+        code = getattr(_cause(error), "sqlite_errorcode", 0)
+        return bool(code & 0xFF == sqlite3.SQLITE_BUSY)
 
     def clean(self, conn: Any, lease: Lease) -> bool:
         for cursor in lease.cursors or ():
@@ -319,7 +331,31 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return iter(query._get_cursor_wrapper(_Fetching(cursor)).iterator())
 
     def is_open(self, conn: Any) -> bool:
+        if conn.closed:
+            return False
+        try:
+            # What the server said before it hung up comes first; a notice may be all of it.
+            for _ in range(2):
+                if not _readable(conn.pgconn.socket):
+                    return True
+                conn.pgconn.consume_input()
+                conn.pgconn.is_busy()
+        except Exception:
+            return False
         return not conn.closed
+
+    def lost(self, conn: Any, error: Exception) -> bool:
+        diagnostic = getattr(_cause(error), "diag", None)
+        farewell = getattr(diagnostic, "severity_nonlocalized", None) in ("FATAL", "PANIC")
+        return farewell or not self.is_open(conn)
+
+    def transient(self, error: BaseException | None) -> bool:
+        return getattr(_cause(error), "sqlstate", None) in ("40001", "40P01")
+
+    def failed(self, conn: Any) -> bool:
+        from psycopg.pq import TransactionStatus
+
+        return bool(conn.pgconn.transaction_status == TransactionStatus.INERROR)
 
     def is_alive(self, conn: Any) -> bool:
         try:
@@ -348,6 +384,12 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
 _WRITTEN = re.compile(r"(?:INSERT (?:IGNORE )?INTO|REPLACE INTO|UPDATE|DELETE FROM) `([^`]+)`")
 
+
+#: Lock wait time-out, deadlock, and MariaDB's "record has changed since last read".
+_TRANSIENT = (1205, 1213, 1020)
+
+#: Errors with which the server, or PyMySQL in its place, ends a connection.
+_FAREWELLS = (0, 1053, 1927, 2006, 2013, 2055)
 
 #: Warnings: "cut by JSON_ARRAYAGG()", "larger than max_allowed_packet".
 _CUT = (1260, 1301)
@@ -405,7 +447,31 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         return self._state.conn.cursor(SSCursor)
 
     def is_open(self, conn: Any) -> bool:
-        return bool(conn.open)
+        if not conn.open:
+            return False
+        if conn._result is not None and conn._result.unbuffered_active:
+            return True  # rows are on their way
+        # Unasked, a server says nothing but farewell.
+        return not _readable(conn._sock)
+
+    def lost(self, conn: Any, error: Exception) -> bool:
+        return _mysql_code(error) in _FAREWELLS or not self.is_open(conn)
+
+    def ended(self, conn: Any, error: Exception) -> bool:
+        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
+
+        if not self.transient(error):
+            return False
+        try:
+            conn.query(
+                "DO 0"
+            )  # an error's packet doesn't say whether the transaction is still open
+        except Exception:
+            return True
+        return not conn.server_status & SERVER_STATUS_IN_TRANS
+
+    def transient(self, error: BaseException | None) -> bool:
+        return _mysql_code(error) in _TRANSIENT
 
     def is_alive(self, conn: Any) -> bool:
         try:
@@ -422,6 +488,27 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         if conn.server_status & SERVER_STATUS_IN_TRANS:
             conn.rollback()
         return True
+
+
+def _cause(error: BaseException | None) -> Any:
+    """The driver's error in one of Peewee's, or in the one that ended a transaction."""
+    if isinstance(error, TransactionAborted):
+        error = error.__cause__
+    return getattr(error, "orig", error)
+
+
+def _mysql_code(error: BaseException | None) -> Any:
+    cause = _cause(error)
+    known = type(cause).__module__.startswith("pymysql") and cause.args
+    return cause.args[0] if known else None
+
+
+def _readable(sock: Any) -> bool:
+    if not hasattr(select, "poll"):  # on Windows
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _isolation(level: Any) -> Any:

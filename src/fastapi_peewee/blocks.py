@@ -138,10 +138,10 @@ class _Block:
         return self._lease.root
 
     async def acommit(self) -> None:
-        await self.db.run(self.commit)  # type: ignore[attr-defined]
+        await self.db.run(self.commit)  # type: ignore[attr-defined, call-overload]
 
     async def arollback(self) -> None:
-        await self.db.run(self.rollback)  # type: ignore[attr-defined]
+        await self.db.run(self.rollback)  # type: ignore[attr-defined, call-overload]
 
     def _end(self, error: BaseException | None, cancelled: BaseException | None = None) -> None:
         error = cancelled or error  # cancelled before the COMMIT was sent: so it isn't
@@ -189,6 +189,8 @@ def _nothing(cancelled: BaseException | None) -> None:
 class _SafeTransaction(_transaction):
     """Peewee's transaction, except that a failing end neither hides its cause nor stays open."""
 
+    committed = False  # in the middle of the block, by `txn.commit()`
+
     def _begin(self) -> None:
         try:
             super()._begin()
@@ -227,7 +229,9 @@ class _SafeTransaction(_transaction):
 
 
 class _MarkedSavepoint(_savepoint):
-    """Peewee's savepoint, except that its `after_commit` callbacks are dropped with it."""
+    """Peewee's savepoint, except that its `after_commit` callbacks are dropped with it, and that a
+    ROLLBACK that fails doesn't hide why it was needed.
+    """
 
     def _begin(self) -> None:
         self._callbacks = len(self.db._state.commit_callbacks)
@@ -237,9 +241,41 @@ class _MarkedSavepoint(_savepoint):
         del self.db._state.commit_callbacks[self._callbacks :]
         super().rollback(begin)
 
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            try:
+                self.commit(False)
+            except BaseException as error:
+                self._undo(error)
+                raise
+        else:
+            self._undo(exc)
+
+    def _undo(self, error: BaseException) -> None:
+        try:
+            self.rollback(False)
+        except Exception:
+            # There is no such savepoint any more: the whole transaction was rolled back (MySQL does
+            # that to one of two that wait for each other), or the connection is lost.
+            logger.debug("ROLLBACK TO SAVEPOINT failed.", exc_info=True)
+            if self.db._state.aborted is None:
+                self.db._state.aborted = error
+
 
 class Atomic(_Block, _atomic):
     """`db.atomic()`: a transaction or, inside of one, a savepoint."""
+
+    _helper: _transaction | _savepoint | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that was done in the block was one transaction, and nothing but that."""
+        return isinstance(self._helper, _SafeTransaction) and not self._helper.committed
 
 
 class Transaction(_Block, _SafeTransaction):

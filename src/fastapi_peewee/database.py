@@ -14,13 +14,15 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import islice
 from threading import get_ident
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 import peewee
 
 from .blocks import Atomic, LeaseContext, Savepoint, Transaction
 from .calls import Call, detached, result_of, run_follow_ups
+from .outcomes import Outcomes
 from .pool import Pool, PoolStats
+from .retries import Backoff, Retrying, retrying
 from .sql_cache import SqlCache
 from .state import (
     Lease,
@@ -36,6 +38,7 @@ logger = logging.getLogger("fastapi_peewee")
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NotBuilt(Exception):
@@ -50,7 +53,7 @@ def encoded(rows: Sequence[Any]) -> list[bytes]:
         raise NotBuilt from error
 
 
-class Database(peewee.Database):
+class Database(Outcomes):
     """What `connect()` returns: a Peewee database for threads and tasks alike.
 
     All of Peewee works on it. Beyond Peewee it has `run` and the other `async` methods,
@@ -58,6 +61,9 @@ class Database(peewee.Database):
     """
 
     pool: Pool
+
+    #: How long `retry` waits between two tries.
+    backoff = Backoff()
 
     def __init__(
         self,
@@ -111,6 +117,59 @@ class Database(peewee.Database):
 
     def connection_context(self) -> LeaseContext:
         return LeaseContext(self)
+
+    @overload
+    def retry(
+        self, fn: F, /, *, retries: int = 3, isolation_level: Any = None, read_only: bool = False
+    ) -> F: ...
+
+    @overload
+    def retry(
+        self,
+        fn: None = None,
+        /,
+        *,
+        retries: int = 3,
+        isolation_level: Any = None,
+        read_only: bool = False,
+    ) -> Callable[[F], F]: ...
+
+    def retry(self, fn: Any = None, /, *, retries: int = 3, **options: Any) -> Any:
+        """Decorate a function, `def` or `async def`, that is a whole transaction: it is run anew
+        if it fails only since others ran beside it.
+
+        ::
+
+            @db.retry
+            def transfer(source: int, target: int, amount: int) -> None: ...
+
+            @db.retry(retries=5, isolation_level="SERIALIZABLE")
+            async def book(seat: int) -> Booking: ...
+
+        The decorated function runs inside `db.atomic()`, of which each try has a new one. What is
+        retried: serialisation failures, deadlocks, MySQL's lock wait time-out and SQLite's "busy".
+        Before each further try it waits, for a random time of at most 50 ms, then 100 ms, … 1 s: on
+        the event loop, without a connection, if the function is `async def`, an endpoint, or given
+        to `db.run`; otherwise in its thread. The last try's error is raised.
+
+        What the function does besides its transaction happens at each try: send the mail in
+        `db.after_commit`.
+
+        Inside an open transaction it is a savepoint and has one try, since only the whole of a
+        transaction can be retried. Nor is a function tried again that has committed half-way, with
+        `txn.commit()`.
+
+        Args:
+            retries: how many tries there may be after the first.
+            isolation_level, read_only: as for `atomic`.
+
+        Raises:
+            TypeError: the function is a generator.
+            ValueError: `retries` is no number of tries.
+        """
+        if fn is None:
+            return partial(self.retry, retries=retries, **options)
+        return Retrying(self, fn, retries, options).function
 
     def __enter__(self) -> "Database":
         taken = self.connection_context() if self._state.homeless else None
@@ -219,11 +278,14 @@ class Database(peewee.Database):
                 turn.give_turn()
 
     def close_if_dead(self) -> None:
-        """Close this thread's connection if it is of no more use. Leases are the pool's."""
-        if self._state.lease() is None and not self._state.closed:
-            conn = self._state.conn
+        """Close this thread's connection if it is of no more use, and no block around will do it.
+        Leases are the pool's.
+        """
+        state = self._state
+        if state.lease() is None and not state.closed and not state.ctx:
+            conn = state.conn
             if not self.is_open(conn):
-                self._state.reset()
+                state.reset()
                 self.close_connection(conn)
 
     # Using a lease.
@@ -317,12 +379,20 @@ class Database(peewee.Database):
         finally:
             await run_follow_ups(lease)
 
-    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    @overload
+    async def run(self, fn: Callable[..., T], /, *args: Any, retries: int, **kwargs: Any) -> T: ...
+
+    @overload
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    async def run(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run synchronous Peewee code from `async def`: `await db.run(crud.get_user, 7)`.
 
         It runs in a worker thread, with a connection of its own that it holds until it returns;
         inside `async with db.atomic():` with that block's connection, as part of it. Calls of
         sibling tasks inside one block run one at a time.
+
+        With `retries=3`, `fn` is one transaction, and tried so many times more: as `retry` does it.
 
         If the task is cancelled, `CancelledError` is raised once the thread has finished.
 
@@ -333,14 +403,25 @@ class Database(peewee.Database):
             DatabaseUnavailable: the database could not be reached.
             LeaseEnded: the block that this task was started in is over.
             TurnTimeout: another task has used the block's connection for too long.
-            TypeError: `fn` is an `async def` function.
+            TypeError: `fn` is an `async def` function; or it has a parameter `retries` of its own,
+                which `partial(fn, retries=…)` sets.
         """
         if _is_async(fn):
             raise TypeError(
                 f"db.run() takes a synchronous function, but {fn!r} is `async def`. Await it "
                 "directly; inside, use `await db.run(…)` for its queries."
             )
-        return await self.call(partial(fn, *args, **kwargs))
+        if "retries" in kwargs:
+            if _takes_retries(fn):
+                raise TypeError(
+                    f"`retries` is a parameter of db.run() and of {fn!r} as well. For the "
+                    "function's, write `await db.run(partial(fn, retries=…))`."
+                )
+            fn = self.retry(fn, retries=kwargs.pop("retries"))
+        again = retrying(fn)
+        if again is None:
+            return await self.call(partial(fn, *args, **kwargs))
+        return await again.on_loop(fn, lambda once: again.db.call(partial(once, *args, **kwargs)))
 
     # The names of playhouse.pwasyncio.
 
@@ -446,14 +527,15 @@ class Database(peewee.Database):
 
     def stream(self, sql: str, params: Any, size: int) -> Iterator[Sequence[Any]]:
         """Run a statement and yield its rows, `size` at a time; the server keeps the others."""
-        with self.reading(), translate_driver_errors:
+        with self.reading():
             self._taint(sql)
             cursor = self._execute_cursor(sql, params, named_cursor=True)
-            try:
-                while rows := cursor.fetchmany(size):
-                    yield rows
-            finally:
-                cursor.close()
+            with translate_driver_errors:
+                try:
+                    while rows := cursor.fetchmany(size):
+                        yield rows
+                finally:
+                    cursor.close()
 
     def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
         """Run a statement whose rows are one text each; return these, in UTF-8.
@@ -549,10 +631,6 @@ class Database(peewee.Database):
     def close_connection(self, conn: Any) -> None:
         conn.close()
 
-    def is_open(self, conn: Any) -> bool:
-        """Whether the driver believes that the connection is alive; asks nobody."""
-        raise NotImplementedError
-
     def is_alive(self, conn: Any) -> bool:
         raise NotImplementedError
 
@@ -591,6 +669,13 @@ def _is_async(fn: Any) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
         getattr(fn, "__call__", None)  # noqa: B004
     )
+
+
+def _takes_retries(fn: Any) -> bool:
+    try:
+        return "retries" in inspect.signature(fn).parameters
+    except ValueError:  # it is not written in Python
+        return False
 
 
 class Rows(list[Any]):

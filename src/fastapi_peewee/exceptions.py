@@ -25,6 +25,44 @@ class DatabaseUnavailable(PoolError):
     """The database could not be reached: a connection attempt failed."""
 
 
+class OutcomeUnknown(peewee.OperationalError):
+    """The connection was lost after a COMMIT, or a write outside of a transaction, had been sent.
+
+    Nobody knows whether it was carried out. It is never retried. Over HTTP: 503, marked as
+    unknown and without `Retry-After`. The driver's error is its `__cause__`.
+
+    Args:
+        what: was sent.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}, and the connection was lost before the database had answered: it may have "
+            "been carried out, or not. Look before you repeat it, or make it safe to repeat, with "
+            "a key that the client chooses and a unique constraint."
+        )
+
+
+class TransactionAborted(peewee.OperationalError):
+    """A block went on after its transaction was over: the database had rolled it back.
+
+    Over HTTP: what its `__cause__` would be if the connection was lost, or the database was busy or
+    full; else 500.
+
+    Args:
+        cause: the error by which it ended, if that is known.
+    """
+
+    def __init__(self, cause: BaseException | None = None) -> None:
+        super().__init__(
+            "This transaction is over: it was rolled back when a statement of it failed, or when "
+            "its connection was lost. Nothing of it is stored, and nothing more can be done in it. "
+            "Most likely the error was caught inside the block: let it leave the block. To go on "
+            "after an error, enter another `atomic()` around the statement that may fail."
+        )
+        self.__cause__ = cause
+
+
 class LeaseError(peewee.InterfaceError):
     """A connection was used where none may be used. A programming error; over HTTP: 500."""
 

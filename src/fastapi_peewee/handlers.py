@@ -12,13 +12,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from .exceptions import PoolError
+from .exceptions import OutcomeUnknown, PoolError, TransactionAborted
 from .state import RequestScope
 
 #: Seconds after which a client is asked to try again.
 RETRY_AFTER = 1
 
-Kind = Literal["unique", "reference", "check", "missing", "data", "busy", "unavailable", "full"]
+Kind = Literal[
+    "unique", "reference", "check", "missing", "data", "busy", "unavailable", "unknown", "full"
+]
 
 _MESSAGES: dict[str, str] = {
     "unique": "A record with this value exists already",
@@ -52,7 +54,19 @@ class FieldErrors(BaseModel):
 Responses = dict[int | str, dict[str, Any]]
 
 UNAVAILABLE: Responses = {
-    503: {"description": "Database unavailable or busy; see Retry-After", "model": ErrorDetail}
+    503: {
+        "description": "Database unavailable or busy; see Retry-After. "
+        "Or the outcome is unknown: look before you repeat the request",
+        "model": ErrorDetail,
+        "content": {
+            "application/json": {
+                "examples": {
+                    name: {"value": {"detail": name}}
+                    for name in ("database unavailable", "database busy", "outcome unknown")
+                }
+            }
+        },
+    }
 }
 NOT_FOUND: Responses = {404: {"description": "Not found", "model": ErrorDetail}}
 CONFLICT: Responses = {409: {"description": "Conflict", "model": FieldErrors}}
@@ -73,13 +87,16 @@ async def does_not_exist(request: Request, error: Exception) -> JSONResponse:
 
 async def database_error(request: Request, error: Exception) -> JSONResponse:
     """409 or 422, naming the field: the database refused a value. 503 with Retry-After: it is away
-    or busy. 507: it is full. Anything else is a mistake of the program, and raised again.
+    or busy; without: nobody knows whether it was done. 507: it is full. Anything else is a mistake
+    of the program, and raised again.
     """
     kind = kind_of(error)
     if kind is None:
         raise error
     if kind == "full":
         return JSONResponse({"detail": "database full"}, 507)
+    if kind == "unknown":  # no Retry-After, by which a client may repeat what was done
+        return JSONResponse({"detail": "outcome unknown"}, 503)
     if kind in ("busy", "unavailable"):
         retry = {"Retry-After": str(RETRY_AFTER)}
         return JSONResponse({"detail": f"database {kind}"}, 503, headers=retry)
@@ -104,8 +121,10 @@ _SQLSTATE: dict[str, Kind] = {
     "23502": "missing",
     "22": "data",
     "40": "busy",
+    "40003": "unknown",
     "55P03": "busy",
     "08": "unavailable",
+    "08007": "unknown",
     "57P": "unavailable",
     "53300": "unavailable",
     "53100": "full",
@@ -129,7 +148,7 @@ _MYSQL: dict[int, Kind] = {
     **dict.fromkeys((3819, 4025), "check"),
     **dict.fromkeys((1048, 1364), "missing"),
     **dict.fromkeys((1264, 1265, 1292, 1366, 1406), "data"),
-    **dict.fromkeys((1205, 1213, 3572), "busy"),
+    **dict.fromkeys((1020, 1205, 1213, 3572), "busy"),
     **dict.fromkeys((0, 1040, 1053, 1927, 2002, 2003, 2006, 2013, 2055), "unavailable"),
     **dict.fromkeys((3, 1021, 1114), "full"),
 }
@@ -139,6 +158,11 @@ def kind_of(error: Exception) -> Kind | None:
     """What happened, in a word; None if it is a mistake of the program."""
     if isinstance(error, PoolError):
         return "unavailable"
+    if isinstance(error, OutcomeUnknown):
+        return "unknown"
+    if isinstance(error, TransactionAborted):
+        ended_by = kind_of(error.__cause__) if isinstance(error.__cause__, Exception) else None
+        return ended_by if ended_by in ("busy", "unavailable", "full") else None
     cause = _driver_error(error)
     if type(cause).__module__.startswith("pymysql"):
         return _MYSQL.get(cause.args[0]) if cause.args else None

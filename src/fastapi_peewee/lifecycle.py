@@ -18,6 +18,7 @@ from .blocks import leave
 from .calls import detached, run_follow_ups
 from .database import Database
 from .handlers import UNAVAILABLE, add_handlers
+from .retries import is_retried
 from .routing import PeeweeRoute, is_generator
 from .state import Lease, PeeweeConnectionState, RequestScope, closed_state
 
@@ -312,12 +313,19 @@ async def transaction(connection: HTTPConnection) -> AsyncIterator[Database]:
     the alias `InTransaction` has: FastAPI ends other `yield` dependencies after the response.
 
     Raises:
-        RuntimeError: the endpoint is a generator, whose body would run after the commit.
+        RuntimeError: the endpoint is a generator, whose body would run after the commit; or it is
+            decorated with `@db.retry`, which makes the transaction itself.
     """
     if is_generator(connection.scope.get("endpoint")):
         raise RuntimeError(
             "A transaction dependency ends before the body of a generator endpoint begins. Enter "
             "`async with db.atomic():` inside the generator."
+        )
+    if is_retried(connection.scope.get("endpoint")):
+        raise RuntimeError(
+            "A transaction dependency keeps `@db.retry` from retrying the endpoint, which would be "
+            "a part of its transaction only. Remove the dependency: the decorator makes the "
+            "transaction, and commits it before the response."
         )
     request, db = _scope(), _only_database()
     request.transactions += 1

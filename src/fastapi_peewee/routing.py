@@ -35,6 +35,7 @@ from .handlers import CONFLICT, NOT_FOUND
 from .loading import Plans, database_of, is_query
 from .plans import Texts
 from .responses import QueryResponse
+from .retries import retrying
 from .state import RequestScope, lazy_loads_forbidden
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -193,10 +194,16 @@ def _answering(
     route: Any, endpoint: Callable[..., Any], field: Any
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
     answers = _Answers(route, endpoint, field)
+    again = retrying(endpoint)
 
     @functools.wraps(endpoint)
     async def in_one_hop(**values: Any) -> Any:
-        return await _database().call(lambda: answers.load(endpoint(**values)), answers.serialise)
+        def call(fn: Callable[..., Any], db: Any) -> Any:
+            return db.call(lambda: answers.load(fn(**values)), answers.serialise)
+
+        if again is None:
+            return await call(endpoint, _database())
+        return await again.on_loop(endpoint, lambda once: call(once, again.db))
 
     @functools.wraps(endpoint)
     async def on_the_loop(**values: Any) -> Any:

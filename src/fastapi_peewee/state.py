@@ -83,7 +83,14 @@ def generation() -> int:
 
 def closed_state() -> dict[str, Any]:
     """Peewee's state of a connection that isn't open."""
-    return {"closed": True, "conn": None, "ctx": [], "transactions": [], "commit_callbacks": []}
+    return {
+        "closed": True,
+        "conn": None,
+        "ctx": [],
+        "transactions": [],
+        "commit_callbacks": [],
+        "aborted": None,
+    }
 
 
 class Lease:

@@ -1,0 +1,487 @@
+"""What was done, what was not, and what nobody knows: each of them is told from the others."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import peewee
+import pytest
+
+from fastapi_peewee import (
+    Database,
+    InTransaction,
+    OutcomeUnknown,
+    TransactionAborted,
+    connect,
+)
+from fastapi_peewee.handlers import kind_of
+from fastapi_peewee.outcomes import READS
+from tests.apps import BLOCKS, client, make_app
+from tests.modes import (
+    Mode,
+    Note,
+    Oops,
+    Seen,
+    User,
+    fixtures,
+    in_each_mode,
+    on,
+    oops_gets_out,
+    with_tables,
+)
+
+connected, _, mode, observer, seen = fixtures
+SERVERS = on("postgres", "mysql")
+
+
+def unknown() -> pytest.RaisesExc[OutcomeUnknown]:
+    return pytest.raises(OutcomeUnknown)
+
+
+def aborted() -> pytest.RaisesExc[TransactionAborted]:
+    return pytest.raises(TransactionAborted)
+
+
+def lost() -> pytest.RaisesExc[Exception]:
+    """What tells for certain that something wasn't done, since the database was away."""
+
+    def for_certain(error: Exception) -> bool:
+        return kind_of(error) == "unavailable" and not isinstance(error, OutcomeUnknown)
+
+    errors = (peewee.OperationalError, peewee.InterfaceError)
+    return pytest.raises(errors, check=for_certain)
+
+
+class Wire:
+    """A database's URL with a wire before it, to be cut.
+
+    Attributes:
+        cut_before: cut where the client sends this; the server doesn't get it.
+        cut_after: the same, when the server has answered it. The client doesn't get the answer.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.cut_before: bytes | None = None
+        self.cut_after: bytes | None = None
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._silenced: list[Any] = []
+        self._threads: list[threading.Thread] = []
+        parts = urlsplit(url)
+        options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        if parts.scheme == "postgresql":
+            folder, port = options.pop("host", None), parts.port or 5432
+            path = f"{folder}/.s.PGSQL.{port}" if folder else None
+            options["sslmode"] = options["gssencmode"] = "disable"
+        else:
+            path, port = options.pop("unix_socket", None), parts.port or 3306
+        self._server = path or (parts.hostname or "localhost", port)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        who = parts.netloc.rpartition("@")[0] or "root"
+        address = f"{who}@127.0.0.1:{self._listening.getsockname()[1]}"
+        self.url = parts._replace(netloc=address, query=urlencode(options)).geturl()
+        self._start(self._accept)
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for pair in self._pairs:
+            for end in pair:
+                end.close()
+
+    def cut(self) -> None:
+        """Cut what is connected now."""
+        for pair in list(self._pairs):
+            self._cut(pair)
+
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                if isinstance(self._server, str):
+                    server = socket.socket(socket.AF_UNIX)
+                    server.connect(self._server)
+                else:
+                    server = socket.create_connection(self._server)
+                pair = client, server
+                self._pairs.append(pair)
+                self._start(self._forward, pair, client, server)
+                self._start(self._forward, pair, server, client)
+
+    def _forward(self, pair: Any, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(2**16):
+                if target is pair[1]:
+                    if self.cut_before and self.cut_before in data:
+                        break
+                    if self.cut_after and self.cut_after in data:
+                        self._silenced.append(pair)
+                elif pair in self._silenced:
+                    break
+                target.sendall(data)
+        self._cut(pair)
+
+    @staticmethod
+    def _cut(pair: Any) -> None:
+        for end in pair:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def wire(database_url: str) -> Iterator[Wire]:
+    wire = Wire(database_url)
+    yield wire
+    wire.close()
+
+
+@pytest.fixture
+def db(database_url: str, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """On the far side of the wire, except for SQLite."""
+    if not database_url.startswith("sqlite"):
+        database_url = request.getfixturevalue("wire").url
+    with with_tables(connect(database_url)) as database:
+        yield database
+
+
+FAULTS = pytest.mark.parametrize("fault", ["cut_before", "cut_after"])
+
+
+@SERVERS
+@FAULTS
+@in_each_mode
+async def test_a_commit_that_was_not_answered_is_unknown(
+    mode: Mode, wire: Wire, seen: Seen, fault: str
+) -> None:
+    """Whether it got to the server or not: the client can't tell. No callback is called."""
+    called: list[int] = []
+    with unknown() as failure:
+        async with mode.block(mode.db.atomic()):
+            await mode.do(User.create, name="ann")
+            mode.db.after_commit(lambda: called.append(1))
+            setattr(wire, fault, b"COMMIT")
+    assert isinstance(failure.value.__cause__, peewee.PeeweeException)
+    assert (seen(), called) == (["ann"] if fault == "cut_after" else [], [])
+
+
+@SERVERS
+@FAULTS
+@in_each_mode
+async def test_a_write_of_its_own_that_was_not_answered_is_unknown(
+    mode: Mode, wire: Wire, seen: Seen, fault: str
+) -> None:
+    """An INSERT outside of a transaction commits itself."""
+    await mode.do(User.select().count)
+    setattr(wire, fault, b"INSERT")
+    with unknown():
+        await mode.do(User.create, name="ann")
+    assert seen() == (["ann"] if fault == "cut_after" else [])
+
+
+@SERVERS
+@in_each_mode
+async def test_a_read_that_was_not_answered_is_a_failure(mode: Mode, wire: Wire) -> None:
+    """Nothing is unknown after a SELECT: it may be repeated."""
+    wire.cut_before = b"SELECT"
+    with lost():
+        await mode.do(User.select().count)
+
+
+@SERVERS
+@in_each_mode
+async def test_what_is_not_sent_is_not_done(mode: Mode, wire: Wire, seen: Seen) -> None:
+    """Where the connection was lost earlier, a write and a COMMIT fail for certain."""
+    await mode.do(User.select().count)
+    wire.cut()
+    with lost():
+        await mode.do(User.create, name="ann")
+    assert seen() == []
+
+
+@SERVERS
+@in_each_mode
+async def test_a_commit_after_a_lost_connection_is_not_sent(
+    mode: Mode, wire: Wire, seen: Seen
+) -> None:
+    """The transaction is over for certain: `database unavailable`, not unknown."""
+    with lost():
+        async with mode.block(mode.db.atomic()):
+            await mode.do(User.create, name="ann")
+            wire.cut()
+    assert seen() == []
+
+
+@SERVERS
+@in_each_mode
+async def test_a_lost_connection_ends_its_transaction(mode: Mode, wire: Wire, seen: Seen) -> None:
+    """No statement after it is carried out, nor is the block's end, whatever was caught."""
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            await mode.do(User.create, name="ann")
+            wire.cut_after = b"INSERT"
+            with lost() as loss:  # for certain, since it was part of what is rolled back
+                await mode.do(User.create, name="bob")
+            wire.cut_after = None
+            with pytest.raises(TransactionAborted, match="another `atomic"):
+                async with mode.block(mode.db.atomic()):
+                    await mode.do(User.create, name="cid")
+    assert failure.value.__cause__ is loss.value
+    assert kind_of(failure.value) == "unavailable"
+    assert seen() == []
+
+
+@SERVERS
+@pytest.mark.parametrize("kind", ["dependency", "retried", "block", "autocommit"])
+async def test_an_unknown_outcome_is_answered_as_such(
+    db: Database, wire: Wire, seen: Seen, kind: str
+) -> None:
+    """503, said to be unknown, without Retry-After; it was tried once."""
+    app = make_app(db)
+    tries = []
+
+    def write() -> None:
+        tries.append(1)
+        User.create(name="ann")
+
+    def in_dependency(held: InTransaction) -> None:
+        write()
+
+    endpoints: dict[str, Any] = {
+        "dependency": in_dependency,
+        "retried": db.retry(write),
+        "block": db.atomic()(write),
+        "autocommit": write,
+    }
+    app.post("/")(endpoints[kind])
+    wire.cut_after = b"INSERT" if kind == "autocommit" else b"COMMIT"
+    async with client(app) as http:
+        answer = await http.post("/")
+        wire.cut_after = None
+        assert (answer.status_code, answer.json()) == (503, {"detail": "outcome unknown"})
+        assert "Retry-After" not in answer.headers
+        assert (seen(), tries) == (["ann"], [1])
+        described = (await http.get("/openapi.json")).json()["paths"]["/"]["post"]["responses"]
+    assert "outcome unknown" in described["503"]["content"]["application/json"]["examples"]
+
+
+@SERVERS
+async def test_an_unknown_outcome_is_not_retried(db: Database, wire: Wire, seen: Seen) -> None:
+    """Neither by `db.run` nor by an `async def` function: it would be done twice."""
+    tries: list[str] = []
+
+    def sync(name: str) -> None:
+        tries.append(name)
+        User.create(name=name)
+
+    @db.retry
+    async def asynchronous(name: str) -> None:
+        tries.append(name)
+        await User.acreate(name=name)
+
+    for name in ("ann", "bob"):
+        await User.acreate(name=f"before {name}")
+        wire.cut_after = b"COMMIT"
+        with unknown():
+            await (db.run(sync, name, retries=3) if name == "ann" else asynchronous(name))
+        wire.cut_after = None
+    assert tries == ["ann", "bob"]
+    assert [name for name in seen() if name in tries] == tries
+
+
+@SERVERS
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_end_as_they_began_when_the_connection_is_lost(
+    db: Database, wire: Wire, block: str
+) -> None:
+    """The error that gets out is the connection's, and the thread's next block has a new one."""
+    with lost(), BLOCKS[block](db):
+        User.create(name="ann")
+        wire.cut()
+        User.create(name="bob")
+    db.close()  # where Peewee has connected by itself, without a block
+    with BLOCKS[block](db):
+        User.create(name="cid")
+
+
+# What the database says.
+
+
+@on("postgres")
+async def test_an_error_in_answer_to_commit_is_a_failure(db: Database) -> None:
+    """A deferred constraint: rolled back, for certain."""
+    await db.aexecute_sql(
+        'CREATE TABLE child (parent int REFERENCES "user" DEFERRABLE INITIALLY DEFERRED)'
+    )
+    with pytest.raises(peewee.IntegrityError):
+        async with db.atomic():
+            await db.aexecute_sql("INSERT INTO child VALUES (7)")
+    assert await db.run(lambda: db.execute_sql("TABLE child").fetchall()) == []
+
+
+async def test_an_error_that_was_caught_does_not_pass_for_a_success(
+    db: Database, seen: Seen, database_url: str
+) -> None:
+    """PostgreSQL then answers COMMIT with ROLLBACK; the others only undo the statement."""
+
+    async def block() -> None:
+        async with db.atomic():
+            await User.acreate(name="ann")
+            with pytest.raises(peewee.IntegrityError):
+                await User.acreate(name="ann")
+
+    if database_url.startswith("postgres"):
+        with aborted() as failure:
+            await block()
+        assert kind_of(failure.value) is None  # a mistake of the program
+        assert seen() == []
+    else:
+        await block()
+        assert seen() == ["ann"]
+
+
+async def test_an_error_in_a_savepoint_may_be_caught(db: Database, seen: Seen) -> None:
+    """What is around it goes on, and is committed."""
+    async with db.atomic():
+        await User.acreate(name="ann")
+        with pytest.raises(peewee.IntegrityError):
+            async with db.atomic():
+                await User.acreate(name="ann")
+        await User.acreate(name="bob")
+    assert seen() == ["ann", "bob"]
+
+
+@in_each_mode
+async def test_a_savepoint_that_is_gone_does_not_hide_why_it_was_needed(
+    mode: Mode, seen: Seen
+) -> None:
+    """The error gets out, not the one of ROLLBACK TO; what couldn't be undone isn't committed."""
+
+    def undo() -> None:
+        mode.db.top_transaction().rollback()
+        User.create(name="ann")
+
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            with oops_gets_out() as oops:
+                async with mode.block(mode.db.atomic()):
+                    await mode.do(undo)
+                    raise Oops
+    assert failure.value.__cause__ is oops.value
+    assert seen() == []
+
+
+async def deadlock(db: Database, nested: bool, caught: Callable[[Any], Any]) -> None:
+    """Have this task's transaction be the victim. `caught(error)` is awaited inside the block."""
+    await User.acreate(name="ann")
+    await User.acreate(name="bob")
+    rows = {name: User.update(name=User.name).where(User.name == name) for name in ("ann", "bob")}
+    async with db.atomic():
+        await rows["ann"].aexecute()
+        async with asyncio.TaskGroup() as group:
+            locked, told = asyncio.Event(), asyncio.Event()
+            group.create_task(_other(db, rows, locked, told))
+            await locked.wait()
+            told.set()
+            try:
+                async with db.atomic() if nested else nullcontext():
+                    await rows["bob"].aexecute()
+            except peewee.OperationalError as error:
+                await caught(error)
+
+
+async def _other(db: Database, rows: Any, locked: asyncio.Event, told: asyncio.Event) -> None:
+    db._state.bind(None)  # a transaction of its own
+    async with db.atomic():
+        # InnoDB fails the transaction that has changed fewer rows.
+        await db.run(lambda: [Note.create(text="weight") for _ in range(10)])
+        await rows["bob"].aexecute()
+        locked.set()
+        await told.wait()
+        await rows["ann"].aexecute()
+
+
+@on("mysql")
+@pytest.mark.parametrize("nested", [False, True])
+async def test_after_a_deadlock_mysql_carries_out_no_half_transaction(
+    db: Database, seen: Seen, nested: bool
+) -> None:
+    """It has rolled back the whole, and would take what follows for statements of their own. The
+    savepoint that is gone doesn't hide the reason.
+    """
+    found: list[Any] = []
+
+    async def caught(error: Exception) -> None:
+        found.append(kind_of(error))
+        with aborted():
+            await User.acreate(name="half")
+
+    with aborted() as failure:
+        await deadlock(db, nested, caught)
+    assert [*found, kind_of(failure.value)] == ["busy", "busy"]
+    assert db.transient(failure.value)
+    assert seen() == ["ann", "bob"]
+
+
+@on("sqlite")
+@in_each_mode
+async def test_what_sqlite_has_rolled_back_itself_is_over(mode: Mode, seen: Seen) -> None:
+    """A full disk ends the whole transaction."""
+
+    def fill() -> None:
+        pages = mode.db.execute_sql("PRAGMA page_count").fetchone()[0]
+        mode.db.execute_sql(f"PRAGMA max_page_count = {pages}")
+        with suppress(peewee.OperationalError):
+            User.create(name="x" * 10**6)
+        mode.db.execute_sql("PRAGMA max_page_count = 100000")
+
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            await mode.do(User.create, name="ann")
+            await mode.do(fill)
+            await mode.do(User.create, name="bob")
+    assert kind_of(failure.value) == "full"
+    assert seen() == []
+
+
+def test_a_transaction_begun_by_hand_is_the_users(sqlite_url: str) -> None:
+    """In `manual_commit()` nobody knows what an error has ended."""
+    with with_tables(connect(sqlite_url)) as db, db.connection_context(), db.manual_commit():
+        User.create(name="ann")
+        with pytest.raises(peewee.IntegrityError):
+            User.create(name="ann")
+        User.create(name="bob")
+        db.begin()
+        User.create(name="cid")
+        db.rollback()
+        assert [user.name for user in User.select()] == ["ann", "bob"]
+
+
+@pytest.mark.parametrize(
+    ("sql", "reads"),
+    [
+        ("SELECT 1", True),
+        ("(SELECT 1) UNION (SELECT 2)", True),
+        ("  select 1", True),
+        ('WITH a AS (SELECT 1) SELECT * FROM "a"', True),
+        ("WITH a AS (SELECT 1)\nINSERT INTO b SELECT * FROM a", False),
+        ("EXPLAIN SELECT 1", True),
+        ("EXPLAIN ANALYZE DELETE FROM a", False),
+        ("INSERT INTO a VALUES (1)", False),
+        ("CALL a()", False),
+        ("SELECTED", False),
+    ],
+)
+def test_what_only_reads(sql: str, reads: bool) -> None:
+    """A statement of which nothing is unknown when it isn't answered."""
+    assert (READS.match(sql) is not None) == reads
