@@ -22,6 +22,8 @@ ORDER = [
     "templates",
     "sql_cache",
     "workers",
+    "breaker",
+    "watchdog",
     "pool",
     "calls",
     "blocks",

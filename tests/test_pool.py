@@ -34,6 +34,8 @@ class Driver:
     cleaned: list[int] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)
     dirty: set[int] = field(default_factory=set)
+    interrupted: list[int] = field(default_factory=list)
+    were_cut: list[int] = field(default_factory=list)
     unreachable: bool = False
 
     def open_connection(self) -> int:
@@ -48,6 +50,19 @@ class Driver:
     def is_alive(self, conn: int) -> bool:
         self.checked.append(conn)
         return conn not in self.dead
+
+    def prepare_session(self, conn: int, statement_timeout: float | None) -> None:
+        pass
+
+    def is_open(self, conn: int) -> bool:
+        return conn not in self.dead
+
+    def interrupt(self, conn: int) -> bool:
+        self.interrupted.append(conn)
+        return conn not in self.dirty
+
+    def cut(self, conn: int) -> None:
+        self.were_cut.append(conn)
 
     def clean(self, conn: int, lease: Lease) -> bool:
         self.cleaned.append(conn)
@@ -164,10 +179,13 @@ def test_what_cant_be_cleaned_is_closed(pool: Pool, driver: Driver, fault: str) 
     assert pool.stats == (0, 0, 0, 1, 1, 0, 0)
 
 
-def test_a_failed_connection_attempt_gives_its_slot_back(pool: Pool, driver: Driver) -> None:
+def test_a_failed_connection_attempt_gives_its_slot_back(
+    pool: Pool, driver: Driver, clock: Clock
+) -> None:
     """With the database away, each attempt fails with `DatabaseUnavailable` and costs no slot."""
     driver.unreachable = True
     for _ in range(3 * pool.size):
+        clock.now += 1
         with pytest.raises(DatabaseUnavailable) as failure:
             take(pool)
         assert isinstance(failure.value.__cause__, OSError)
@@ -329,3 +347,83 @@ def test_manual_close_outside_of_a_lease(database_url: str) -> None:
     db.connect()
     assert db.manual_close() is True
     assert db.is_closed()
+
+
+def test_while_the_database_is_away_one_at_a_time_asks_for_it(
+    pool: Pool, driver: Driver, clock: Clock
+) -> None:
+    """After a failed attempt the next ones fail at once, until a pause is over."""
+    driver.unreachable = True
+    attempts = 0
+
+    def refuse() -> int:
+        nonlocal attempts
+        attempts += 1
+        raise OSError("no route to host")
+
+    driver.open_connection = refuse  # type: ignore[method-assign]
+    for _ in range(1000):
+        with pytest.raises(DatabaseUnavailable):
+            take(pool)
+        clock.now += 0.01  # ten seconds in all
+    assert 10 / 0.41 < attempts < 60
+    assert pool.stats.in_use == 0
+
+
+def test_when_one_connection_is_lost_the_idle_ones_are_asked(
+    pool: Pool, driver: Driver, clock: Clock
+) -> None:
+    """A connection that was lost in use makes those doubtful that lay idle then, however short."""
+    first, second = take(pool), take(pool)
+    pool.give_back(second)
+    clock.now += 0.01
+    driver.dead, driver.dirty = {0, 1}, {0}
+    pool.give_back(first)
+    clock.now += 0.01
+    third = take(pool)
+    assert (third.state["conn"], driver.checked) == (2, [1])
+    pool.give_back(third)
+    assert take(pool).state["conn"] == 2
+    assert driver.checked == [1]
+
+
+def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Clock) -> None:
+    """Even if it looks alive: what was on its way may still come."""
+    pool = Pool(
+        driver,
+        size=1,
+        timeout=LONG,
+        max_waiting=1,
+        max_lifetime=60,
+        statement_timeout=1,
+        transaction_timeout=5,
+        clock=clock,
+    )
+    assert pool._watchdog is not None
+    lease = take(pool)
+    with pool.waiting(lease):
+        clock.now += 1.1
+        pool._watchdog.look()
+        assert driver.were_cut == []  # the database may end it by itself
+        clock.now += 0.2
+        pool._watchdog.look()
+        pool._watchdog.look()
+        assert driver.were_cut == [0]
+        assert "aborted" not in {key for key, value in lease.state.items() if value}
+    pool.give_back(lease)
+    lease = take(pool)
+    assert lease.state["conn"] == 1
+
+    pool.transaction(lease, begun=True)
+    clock.now += 5.3
+    pool._watchdog.look()
+    assert driver.were_cut == [0, 1]
+    assert "transaction_timeout" in str(lease.state["aborted"])
+    pool.give_back(lease)
+
+
+@pytest.mark.parametrize("name", ["statement_timeout", "transaction_timeout"])
+def test_limits_are_checked(name: str, driver: Driver) -> None:
+    """A limit of no time is a mistake, and said to be one."""
+    with pytest.raises(ValueError, match=rf"{name} must be more than 0 seconds or None, got: 0"):
+        Pool(driver, size=1, timeout=1, max_waiting=1, max_lifetime=1, **{name: 0})  # type: ignore[arg-type]

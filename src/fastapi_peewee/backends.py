@@ -4,13 +4,16 @@ import asyncio
 import functools
 import itertools
 import math
+import os
 import re
 import select
+import socket
 import sqlite3
 import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from threading import get_ident
 from typing import Any
 from urllib.parse import urlparse
@@ -169,6 +172,18 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         code = getattr(_cause(error), "sqlite_errorcode", 0)
         return bool(code & 0xFF == sqlite3.SQLITE_BUSY)
 
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        if statement_timeout is not None and statement_timeout < self._busy_timeout:
+            # While SQLite waits for a lock, it can't be interrupted.
+            conn.execute(f"PRAGMA busy_timeout = {math.ceil(statement_timeout * 1000)}")
+
+    def interrupt(self, conn: Any) -> bool:
+        conn.interrupt()
+        return True
+
+    def cut(self, conn: Any) -> None:
+        conn.interrupt()
+
     def clean(self, conn: Any, lease: Lease) -> bool:
         for cursor in lease.cursors or ():
             cursor.close()  # one that is half read keeps the connection on an old snapshot
@@ -221,11 +236,15 @@ _RESET = (
 
 _cursors = itertools.count(1)
 
+#: Seconds to wait until the server has ended a statement that is interrupted.
+_CANCEL_TIMEOUT = 2.0
+
 
 class _Fetching:
     """A cursor of the server's, as Peewee reads it, row by row: fetched many at a time."""
 
-    def __init__(self, cursor: Any) -> None:
+    def __init__(self, db: Database, cursor: Any) -> None:
+        self._db = db
         self._cursor = cursor
         self._rows: Iterator[Any] = iter(())
         self.description = cursor.description
@@ -233,7 +252,7 @@ class _Fetching:
     def fetchone(self) -> Any:
         row = next(self._rows, None)
         if row is None and not self._cursor.closed:
-            with translate_driver_errors:
+            with self._db.waiting(), translate_driver_errors:
                 self._rows = iter(self._cursor.fetchmany(100))
             row = next(self._rows, None)
             if row is None:
@@ -266,7 +285,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             return
         default = self._adapter.isolation_level_str(self._isolation_level)
         level = _isolation(isolation_level or default)
-        with translate_driver_errors:
+        with self.waiting(), translate_driver_errors:
             self.cursor().execute(f"BEGIN {f'ISOLATION LEVEL {level} ' if level else ''}READ ONLY")
 
     def taints(self, sql: str) -> bool:
@@ -278,7 +297,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if lease is not None and lease.owner == get_ident() and self._unwatched(sql):
             forbid_lazy_load()
             self._state.guard()
-            texts = _statements(lease).texts(sql, params)
+            with self.waiting():
+                texts = _statements(lease).texts(sql, params)
             if texts is not None:
                 return texts
         return super().read_texts(sql, params)
@@ -291,7 +311,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             if not self.pool.connect_at_once(lease):
                 return None
             try:
-                with translate_driver_errors:
+                with self.pool.waiting(lease), translate_driver_errors:
                     return await _statements(lease).atexts(sql, params)
             except peewee.DatabaseError:
                 raise
@@ -328,7 +348,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         sql, params = self.get_sql_context().parse(query)
         self._taint(sql)
         cursor = self._execute_cursor(sql, params, named_cursor=True)
-        return iter(query._get_cursor_wrapper(_Fetching(cursor)).iterator())
+        return iter(query._get_cursor_wrapper(_Fetching(self, cursor)).iterator())
 
     def is_open(self, conn: Any) -> bool:
         if conn.closed:
@@ -364,6 +384,26 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             return False
         return True
 
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        settings = []
+        if statement_timeout is not None:
+            settings.append(f"statement_timeout = {math.ceil(statement_timeout * 1000)}")
+        if conn.info.server_version >= 140000:
+            # Else a statement runs on when its client has gone.
+            settings.append("client_connection_check_interval = 1000")
+        for setting in settings:  # a server on a system that can't check refuses the second
+            conn.pgconn.exec_(f"SET {setting}".encode())
+
+    def interrupt(self, conn: Any) -> bool:
+        try:
+            conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
+        except Exception:
+            self.cut(conn)  # the server is away, or frozen
+        return True
+
+    def cut(self, conn: Any) -> None:
+        _shut_down(conn.pgconn.socket)
+
     def clean(self, conn: Any, lease: Lease) -> bool:
         from psycopg.pq import ExecStatus, TransactionStatus
 
@@ -379,6 +419,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if not lease.tainted:
             return True
         result = conn.pgconn.exec_(_RESET)
+        self.prepare_session(conn, self.pool.statement_timeout)
         return result.status == ExecStatus.TUPLES_OK and result.get_value(0, 0) == b"0"
 
 
@@ -400,7 +441,34 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
 
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)
+        # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
+        self._read_timeout = kwargs.get("read_timeout")
+        kwargs.setdefault("read_timeout", kwargs["connect_timeout"])
         super().init(database, **kwargs)
+
+    def _connect(self) -> Any:
+        conn = super()._connect()
+        conn._read_timeout = self._read_timeout
+        return conn
+
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        if statement_timeout is None:
+            return
+        if self.mariadb:
+            conn.query(f"SET SESSION max_statement_time = {statement_timeout:f}")
+        else:  # for SELECT only
+            conn.query(f"SET SESSION max_execution_time = {math.ceil(statement_timeout * 1000)}")
+
+    def interrupt(self, conn: Any) -> bool:
+        try:
+            with closing(self._connect()) as other:
+                other.query(f"KILL QUERY {conn.thread_id()}")
+        except Exception:
+            self.cut(conn)  # the server is away, or frozen
+        return False  # what comes too late would end the next statement
+
+    def cut(self, conn: Any) -> None:
+        _shut_down(conn._sock.fileno())
 
     def _set_server_version(self, conn: Any) -> None:
         super()._set_server_version(conn)
@@ -432,7 +500,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         if not read_only:
             super().begin(_isolation(isolation_level))
             return
-        with translate_driver_errors:
+        with self.waiting(), translate_driver_errors:
             cursor = self.cursor()
             if isolation_level:
                 cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {_isolation(isolation_level)}")
@@ -503,6 +571,12 @@ def _mysql_code(error: BaseException | None) -> Any:
     return cause.args[0] if known else None
 
 
+def _shut_down(fd: int) -> None:
+    # A duplicate, since the driver's own object closes its descriptor when it likes.
+    with suppress(OSError), socket.socket(fileno=os.dup(fd)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
 def _readable(sock: Any) -> bool:
     if not hasattr(select, "poll"):  # on Windows
         return bool(select.select([sock], [], [], 0)[0])
@@ -540,6 +614,8 @@ def connect(
     timeout: float = 10.0,
     max_waiting: int = 1000,
     max_lifetime: float = 3600.0,
+    statement_timeout: float | None = None,
+    transaction_timeout: float | None = None,
     **options: Any,
 ) -> "Database":
     """Make a database from a URL. Nothing is opened before the first use.
@@ -559,6 +635,11 @@ def connect(
         timeout: seconds to wait for a connection, then `PoolTimeout`.
         max_waiting: how many may wait at a time; more get `TooManyWaiting` at once.
         max_lifetime: seconds after which a connection is replaced.
+        statement_timeout: seconds that a statement of a request or task may take, then it fails
+            with `peewee.OperationalError`; None for any time. The database ends it, if it can, and
+            otherwise its connection is cut.
+        transaction_timeout: seconds that a transaction of a request or task may be open, then its
+            connection is cut; None for any time.
         options: for Peewee's database class and, through it, the driver: `pragmas`,
             `busy_timeout` and `inline_reads` (SQLite; seconds), `connect_timeout` (PostgreSQL,
             MySQL; seconds), …
@@ -594,5 +675,7 @@ def connect(
         "timeout": timeout,
         "max_waiting": max_waiting,
         "max_lifetime": max_lifetime,
+        "statement_timeout": statement_timeout,
+        "transaction_timeout": transaction_timeout,
     }
     return database_class(**{**settings, **parameters, **options})

@@ -197,6 +197,7 @@ class _SafeTransaction(_transaction):
         except BaseException:
             self.db.close_if_dead()  # else the thread would keep a dead connection for ever
             raise
+        self.db.pool.transaction(self.db._state.lease(), begun=True)
 
     def __exit__(
         self,

@@ -7,6 +7,7 @@ somebody else, nor lose its slot.
 
 import asyncio
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
@@ -38,7 +39,9 @@ class Call:
         "_end",
         "_ended",
         "_fn",
+        "_guard",
         "_lease",
+        "_let_gone",
         "_loop",
         "_pool",
         "_release",
@@ -69,6 +72,8 @@ class Call:
         self._loop = asyncio.get_running_loop()
         # Who takes the token carries the call out, or has dropped it: the thread or the task.
         self._begun = deque((None,))
+        self._guard = threading.Lock()
+        self._let_gone = False
         # These two belong to the event loop.
         self._ended = False
         self._end: asyncio.Future[None] | None = None
@@ -99,6 +104,21 @@ class Call:
             self._let_go()
             return True
         return False
+
+    def interrupt(self) -> None:
+        """Have the statement that it runs ended, if it runs one. It doesn't wait for that."""
+        threading.Thread(
+            target=self._interrupt, name="fastapi-peewee-interrupt", daemon=True
+        ).start()
+
+    def _interrupt(self) -> None:
+        with self._guard:  # what comes to its end meanwhile waits, so that it hits nobody else
+            if self._let_gone:
+                return
+            try:
+                self._pool.interrupt(self._lease)
+            except Exception:
+                logger.debug("A statement could not be interrupted.", exc_info=True)
 
     def _take(self) -> bool:
         try:
@@ -142,6 +162,8 @@ class Call:
             self._end.set_result(None)
 
     def _let_go(self) -> None:
+        with self._guard:
+            self._let_gone = True
         self._lease.owner = None
         try:
             self._release(self._lease)
@@ -152,13 +174,16 @@ class Call:
 async def result_of(call: Call, *, certain: bool = False) -> Any:
     """Wait for a call, until its thread is done with it, even if the task is cancelled meanwhile.
 
-    A call that has not begun is dropped on cancellation, unless it is `certain`: a COMMIT or a
-    ROLLBACK has to be carried out. In any case `CancelledError` is raised in the end.
+    A call that has not begun is dropped on cancellation, and the statement of one that has begun is
+    interrupted, unless it is `certain`: a COMMIT or a ROLLBACK has to be carried out. In any case
+    `CancelledError` is raised in the end.
     """
     try:
         await call.end()
     except asyncio.CancelledError:
         if certain or not call.give_up():
+            if not certain:
+                call.interrupt()
             await uninterrupted(call.end())
         raise
     return call.result()

@@ -73,6 +73,8 @@ class Database(Outcomes):
         timeout: float = 10.0,
         max_waiting: int = 1000,
         max_lifetime: float = 3600.0,
+        statement_timeout: float | None = None,
+        transaction_timeout: float | None = None,
         **kwargs: Any,
     ) -> None:
         # `thread_safe=False` keeps Peewee from making the one lock that it holds through every
@@ -87,6 +89,8 @@ class Database(Outcomes):
             timeout=timeout,
             max_waiting=max_waiting,
             max_lifetime=max_lifetime,
+            statement_timeout=statement_timeout,
+            transaction_timeout=transaction_timeout,
         )
 
     def init(self, database: str, **kwargs: Any) -> None:
@@ -287,6 +291,34 @@ class Database(Outcomes):
             if not self.is_open(conn):
                 state.reset()
                 self.close_connection(conn)
+
+    # What waits for the database, under the limits of the pool.
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """`with db.waiting():` around what a lease's connection does."""
+        return self.pool.waiting(self._state.lease())
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        with self.waiting():
+            super().begin(*args, **kwargs)
+
+    def commit(self) -> None:
+        try:
+            with self.waiting():
+                super().commit()
+        finally:
+            self.pool.transaction(self._state.lease(), begun=False)
+
+    def rollback(self) -> None:
+        try:
+            with self.waiting():
+                super().rollback()
+        finally:
+            self.pool.transaction(self._state.lease(), begun=False)
+
+    def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
+        with self.waiting():
+            return super()._execute_cursor(sql, params, **options)
 
     # Using a lease.
 
@@ -532,7 +564,11 @@ class Database(Outcomes):
             cursor = self._execute_cursor(sql, params, named_cursor=True)
             with translate_driver_errors:
                 try:
-                    while rows := cursor.fetchmany(size):
+                    while True:
+                        with self.waiting():
+                            rows = cursor.fetchmany(size)
+                        if not rows:
+                            break
                         yield rows
                 finally:
                     cursor.close()
@@ -631,7 +667,16 @@ class Database(Outcomes):
     def close_connection(self, conn: Any) -> None:
         conn.close()
 
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        pass
+
     def is_alive(self, conn: Any) -> bool:
+        raise NotImplementedError
+
+    def interrupt(self, conn: Any) -> bool:
+        raise NotImplementedError
+
+    def cut(self, conn: Any) -> None:
         raise NotImplementedError
 
     def clean(self, conn: Any, lease: Lease) -> bool:

@@ -5,18 +5,22 @@ It knows connections, not queries: how to open, check, clean and close one it as
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import peewee
 
+from .breaker import Breaker
 from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
 from .state import Lease
+from .watchdog import Waiting, Watchdog
 from .workers import Workers
 
 logger = logging.getLogger("fastapi_peewee")
@@ -35,8 +39,22 @@ class Opener(Protocol):
 
     def close_connection(self, conn: Any) -> None: ...
 
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        """Set what the sessions of the pool have, beyond others."""
+
+    def is_open(self, conn: Any) -> bool:
+        """Whether the connection is alive, for all that is known; asks nobody."""
+
     def is_alive(self, conn: Any) -> bool:
         """Ask the server, in one round trip."""
+
+    def interrupt(self, conn: Any) -> bool:
+        """Have the server end the statement that runs, from another thread than the one that waits
+        for it. Returns whether the connection may be used by others afterwards.
+        """
+
+    def cut(self, conn: Any) -> None:
+        """Have a thread that waits for the server fail at once."""
 
     def clean(self, conn: Any, lease: Lease) -> bool:
         """Roll back what is open, close cursors and, if the lease is tainted, reset the session.
@@ -66,13 +84,22 @@ class PoolStats(NamedTuple):
 class _Held:
     """A connection and what the pool remembers of it."""
 
-    __slots__ = ("conn", "epoch", "opened_at", "statements", "used_at")
+    __slots__ = (
+        *("conn", "epoch", "opened_at", "state", "statements", "used_at"),
+        *("cut", "lock", "transaction", "waiting"),
+    )
 
     def __init__(self, conn: Any, epoch: int, now: float) -> None:
         self.conn = conn
         self.epoch = epoch
         self.opened_at = self.used_at = now
+        self.state: dict[str, Any] = {}  # of the lease that has it
         self.statements: Any = None  # of the database's making
+        # See `watchdog.Watched`.
+        self.waiting: float | None = None
+        self.transaction: float | None = None
+        self.lock = threading.Lock()
+        self.cut = False
 
 
 class Pool:
@@ -88,6 +115,8 @@ class Pool:
         timeout: seconds to wait for a lease.
         max_waiting: how many may wait at a time; more are refused at once.
         max_lifetime: seconds after which a connection is replaced when it comes back.
+        statement_timeout: seconds that a statement may take; None for any time.
+        transaction_timeout: seconds that a transaction may be open; None for any time.
         clock: monotonic seconds.
     """
 
@@ -99,6 +128,8 @@ class Pool:
         timeout: float,
         max_waiting: int,
         max_lifetime: float,
+        statement_timeout: float | None = None,
+        transaction_timeout: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if size < 1:
@@ -107,12 +138,22 @@ class Pool:
             raise ValueError(f"timeout must be a number of seconds, 0 or more, got: {timeout!r}")
         if max_waiting < 0:
             raise ValueError(f"max_waiting must be 0 or more, got: {max_waiting!r}")
+        for name, limit in (
+            ("statement_timeout", statement_timeout),
+            ("transaction_timeout", transaction_timeout),
+        ):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be more than 0 seconds or None, got: {limit!r}")
         self.size = size
         self.timeout = timeout
         self.max_waiting = max_waiting
         self.max_lifetime = max_lifetime
+        self.statement_timeout = statement_timeout
         self._opener = opener
         self._clock = clock
+        self._watchdog: Watchdog | None = None
+        if statement_timeout is not None or transaction_timeout is not None:
+            self._watchdog = Watchdog(statement_timeout, transaction_timeout, self._cut, clock)
         self._opened = self._discarded = self._timed_out = self._refused = 0
         self._epoch = 0
         self._start()
@@ -121,6 +162,9 @@ class Pool:
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._gate = Gate(self.size, max_waiting=self.max_waiting)
+        self._breaker = Breaker(self._clock)
+        #: When a connection was last found dead: those that lay idle then are asked before use.
+        self._doubted_at = -math.inf
         self._idle: list[_Held] = []
         self._workers: Workers | None = None
 
@@ -195,14 +239,18 @@ class Pool:
         It asks nobody anything, so it may be called on an event loop.
         """
         with self._lock:
-            if not self._idle or self._clock() - self._idle[-1].used_at >= CHECK_AFTER:
+            if not self._idle or self._is_doubtful(self._idle[-1]):
                 return False
             held = self._idle.pop()
         self._lend(held, lease)
         return True
 
     def connect(self, lease: Lease) -> None:
-        """Give the lease its connection. Call it in the thread that has the lease's turn."""
+        """Give the lease its connection. Call it in the thread that has the lease's turn.
+
+        Raises:
+            DatabaseUnavailable: a new connection was needed, and could not be had.
+        """
         if lease.held is not None:
             return
         while True:
@@ -210,25 +258,80 @@ class Pool:
                 if not self._idle:
                     break
                 held = self._idle.pop()
-            idle_for = self._clock() - held.used_at
-            if idle_for < CHECK_AFTER or self._opener.is_alive(held.conn):
+            if not self._is_doubtful(held) or self._is_alive(held):
                 self._lend(held, lease)
                 return
             self._discard(held)
-        epoch = self._epoch
+        self._lend(self._open(), lease)
+
+    def _is_doubtful(self, held: _Held) -> bool:
+        used_at = held.used_at
+        return used_at <= self._doubted_at or self._clock() - used_at >= CHECK_AFTER
+
+    def _is_alive(self, held: _Held) -> bool:
+        with self._waiting_for(held):
+            alive = self._opener.is_alive(held.conn)
+        if not alive:
+            self._doubted_at = self._clock()
+        return alive
+
+    def _open(self) -> _Held:
+        if not self._breaker.admits():
+            raise DatabaseUnavailable(
+                "The database could not be reached a moment ago; one at a time tries again."
+            )
+        epoch, conn = self._epoch, None
         try:
             conn = self._opener.open_connection()
-        except (peewee.OperationalError, peewee.InternalError, OSError) as error:
+            self._opener.prepare_session(conn, self.statement_timeout)
+        except BaseException as error:
+            self._breaker.failed()
+            if conn is not None:
+                self._opener.close_connection(conn)
+            if not isinstance(error, peewee.OperationalError | peewee.InternalError | OSError):
+                raise
             raise DatabaseUnavailable(
                 "The database could not be reached: a new connection failed. Is the server "
                 "running, and are host, port, user, password and database in the URL right?"
             ) from error
+        self._breaker.succeeded()
         self._count("_opened")
-        self._lend(_Held(conn, epoch, self._clock()), lease)
+        held = _Held(conn, epoch, self._clock())
+        if self._watchdog is not None:
+            self._watchdog.watch(held)
+        return held
+
+    def waiting(self, lease: Lease | None) -> AbstractContextManager[None]:
+        """`with pool.waiting(lease):` around what waits for the database on its connection."""
+        if self._watchdog is None or lease is None or lease.root.held is None:
+            return _UNWATCHED
+        return Waiting(lease.root.held, self._clock)
+
+    def _waiting_for(self, held: _Held) -> AbstractContextManager[None]:
+        return _UNWATCHED if self._watchdog is None else Waiting(held, self._clock)
+
+    def transaction(self, lease: Lease | None, *, begun: bool) -> None:
+        """A transaction has begun on the lease's connection, or is over."""
+        if self._watchdog is not None and lease is not None and lease.root.held is not None:
+            held = lease.root.held
+            with held.lock:
+                held.transaction = self._clock() if begun else None
+
+    def _cut(self, held: _Held, reason: str) -> None:
+        if held.transaction is not None and held.state.get("aborted") is None:
+            held.state["aborted"] = peewee.OperationalError(reason)
+        self._opener.cut(held.conn)
+
+    def interrupt(self, lease: Lease) -> None:
+        """End the statement that runs under a lease, which may not end meanwhile. It may block."""
+        held = lease.root.held
+        if held is not None and not self._opener.interrupt(held.conn):
+            held.epoch = _WORN_OUT
 
     @staticmethod
     def _lend(held: _Held, lease: Lease) -> None:
         lease.held = held
+        held.state = lease.state
         lease.state["conn"] = held.conn
         lease.state["closed"] = False
 
@@ -251,10 +354,16 @@ class Pool:
     def _take_back(self, held: _Held, lease: Lease) -> None:
         reusable = False
         try:
-            reusable = self._opener.clean(held.conn, lease)
+            with self._waiting_for(held):
+                reusable = self._opener.clean(held.conn, lease)
         except Exception:
             logger.debug("A connection could not be cleaned and is closed.", exc_info=True)
+        with held.lock:
+            held.transaction, held.state = None, {}
+            reusable = reusable and not held.cut
         now = self._clock()
+        if not reusable and not held.cut and not self._opener.is_open(held.conn):
+            self._doubted_at = now  # the others may have been lost with it
         if reusable and now - held.opened_at < self.max_lifetime:
             held.used_at = now
             with self._lock:
@@ -268,6 +377,8 @@ class Pool:
         self._close(held)
 
     def _close(self, held: _Held) -> None:
+        if self._watchdog is not None:
+            self._watchdog.forget(held)
         try:
             self._opener.close_connection(held.conn)
         except Exception:
@@ -327,9 +438,12 @@ class Pool:
         # are kept, unused and unclosed: closing one would say goodbye on the parent's socket.
         _inherited.append((self._idle, self._workers, self._gate, self._lock))
         self._epoch += 1
+        if self._watchdog is not None:
+            self._watchdog.start_anew()
         self._start()
 
 
+_UNWATCHED: AbstractContextManager[None] = nullcontext()
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 _inherited: list[Any] = []
 

@@ -1,0 +1,53 @@
+"""A circuit breaker: while the database is away, few ask for it, and nobody waits for it."""
+
+import random
+import threading
+from collections.abc import Callable
+
+#: Seconds before the first new attempt, and the most there are between two.
+_FIRST, _MOST = 0.05, 0.4
+
+
+class Breaker:
+    """Says who may try to connect.
+
+    While attempts succeed, everybody may. After one that failed, one at a time may, each after a
+    pause: 50 ms, then 100, 200 and 400, less a random part of up to a half, so that the processes
+    of a service don't come back all at once. Most of the time, then, nobody waits for a database
+    that is away, and it is found less than half a second after its return.
+
+    Args:
+        clock: monotonic seconds.
+        uniform: as `random.uniform`.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], uniform: Callable[[float, float], float] = random.uniform
+    ) -> None:
+        self._clock = clock
+        self._uniform = uniform
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._next = 0.0
+        self._trying = False
+
+    def admits(self) -> bool:
+        """Whether to try now. Who is told so owes one `succeeded()` or `failed()`."""
+        with self._lock:
+            if not self._failures:
+                return True
+            if self._trying or self._clock() < self._next:
+                return False
+            self._trying = True
+            return True
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._failures, self._trying = 0, False
+
+    def failed(self) -> None:
+        with self._lock:
+            pause = min(_MOST, _FIRST * 2.0**self._failures)
+            self._failures = min(self._failures + 1, 10)
+            self._next = self._clock() + self._uniform(pause / 2, pause)
+            self._trying = False

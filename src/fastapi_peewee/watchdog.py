@@ -1,0 +1,135 @@
+"""Time limits that hold: a connection whose thread doesn't come back is cut from outside.
+
+A driver's own limits don't see a server that is frozen: the connection is alive, and silent. A
+thread can't be stopped either, but its socket can be shut down, and then the driver returns.
+"""
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+logger = logging.getLogger("fastapi_peewee")
+
+#: Seconds between two looks.
+_EVERY = 0.1
+#: Seconds that the database has to end a statement by itself, whose limit it knows, too.
+_MARGIN = 0.2
+
+
+class Watched(Protocol):
+    """A connection, for the watchdog.
+
+    Attributes:
+        waiting: since when its thread waits for the database, in seconds; None: it doesn't.
+        transaction: since when a transaction is open; None: none is.
+        lock: guards `waiting`, `transaction` and `cut`, so that nobody's connection is cut for
+            what somebody had done with it before.
+        cut: whether it was cut.
+    """
+
+    conn: Any
+    waiting: float | None
+    transaction: float | None
+    lock: threading.Lock
+    cut: bool
+
+
+class Waiting:
+    """`with Waiting(held, clock):` around whatever waits for the database."""
+
+    __slots__ = ("_clock", "_held")
+
+    def __init__(self, held: Watched, clock: Callable[[], float]) -> None:
+        self._held = held
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._held.waiting = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        with self._held.lock:
+            self._held.waiting = None
+
+
+class Watchdog:
+    """Looks at the connections of a pool, in a thread that lives while there are any.
+
+    Args:
+        statement, transaction: seconds; None for no limit.
+        cut: breaks a connection off, or ends what runs on it; the first argument is the connection,
+            the second says why.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        statement: float | None,
+        transaction: float | None,
+        cut: Callable[[Any, str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._statement = statement
+        self._transaction = transaction
+        self._cut = cut
+        self._clock = clock
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forget everything: after a fork, say, when there is no thread any more."""
+        self._lock = threading.Lock()
+        self._watched: set[Any] = set()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, held: Any) -> None:
+        with self._lock:
+            self._watched.add(held)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_patrol,
+                    args=(weakref.ref(self),),
+                    name="fastapi-peewee-watchdog",
+                    daemon=True,
+                )
+                self._thread.start()
+
+    def forget(self, held: Any) -> None:
+        with self._lock:
+            self._watched.discard(held)
+
+    def look(self) -> bool:
+        """Cut what is over its limit. Returns whether there is anything left to look at."""
+        with self._lock:
+            watched = list(self._watched)
+            if not watched:
+                self._thread = None
+                return False
+        now = self._clock()
+        for held in watched:
+            self._check(held, "waiting", "statement", self._statement, now)
+            self._check(held, "transaction", "transaction", self._transaction, now)
+        return True
+
+    def _check(self, held: Watched, name: str, what: str, limit: float | None, now: float) -> None:
+        since = getattr(held, name)
+        if since is None or limit is None or now - since <= limit + _MARGIN:
+            return
+        with held.lock:
+            # The same one still? Floats are compared by identity: each begins with one of its own.
+            if getattr(held, name) is not since or held.cut:
+                return
+            held.cut = True
+            reason = f"A {what} took longer than {limit:g} s ({what}_timeout)"
+            logger.warning("%s; its connection was cut.", reason)
+            try:
+                self._cut(held, reason)
+            except Exception:
+                logger.exception("A connection could not be cut.")
+
+
+def _patrol(watchdog: "weakref.ref[Watchdog]") -> None:
+    while (found := watchdog()) is not None and found.look():
+        del found  # a pool that nobody has any more shall not be kept by this thread
+        time.sleep(_EVERY)

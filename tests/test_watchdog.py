@@ -1,0 +1,142 @@
+"""The watchdog: it cuts what is over its limit, that and nothing else, once."""
+
+import gc
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fastapi_peewee import watchdog as module
+from fastapi_peewee.watchdog import Waiting, Watchdog
+from tests.test_pool import Clock
+
+
+@dataclass(eq=False)
+class Held:
+    conn: Any = "connection"
+    waiting: float | None = None
+    transaction: float | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    cut: bool = False
+
+
+@pytest.fixture(autouse=True)
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own thread doesn't look; the tests do."""
+    monkeypatch.setattr(module, "_patrol", lambda _: None)
+
+
+def make(clock: Clock, cut: list[Any], **limits: Any) -> Watchdog:
+    settings = {"statement": 1.0, "transaction": 10.0, **limits}
+    return Watchdog(cut=lambda held, reason: cut.append((held, reason)), clock=clock, **settings)
+
+
+def test_a_statement_over_its_limit_is_cut_once() -> None:
+    """Not before the limit and the margin for the database's own are over, and not again."""
+    clock, cut, held = Clock(), [], Held()
+    watchdog = make(clock, cut)
+    watchdog.watch(held)
+    with Waiting(held, clock):
+        clock.now = 1.2
+        assert watchdog.look()
+        assert cut == []
+        clock.now = 1.21
+        assert watchdog.look()
+        assert watchdog.look()
+    assert cut == [(held, "A statement took longer than 1 s (statement_timeout)")]
+    assert held.cut
+
+
+def test_each_statement_has_its_time() -> None:
+    """Statements one after the other may take longer together."""
+    clock, cut, held = Clock(), [], Held()
+    watchdog = make(clock, cut)
+    watchdog.watch(held)
+    for _ in range(5):
+        with Waiting(held, clock):
+            clock.now += 0.9
+            watchdog.look()
+    clock.now += 100
+    watchdog.look()
+    assert cut == []
+
+
+def test_without_a_limit_nothing_is_cut() -> None:
+    """None is for any time."""
+    clock, cut, held = Clock(), [], Held(waiting=0.0, transaction=0.0)
+    watchdog = make(clock, cut, statement=None, transaction=None)
+    watchdog.watch(held)
+    clock.now = 1e6
+    assert watchdog.look()
+    assert cut == []
+
+
+def test_a_statement_that_ends_as_it_is_looked_at_is_let_go() -> None:
+    """Nobody's connection is cut for what another one did: under its lock it is looked at again."""
+    clock, cut, held = Clock(), [], Held(waiting=0.0)
+
+    class EndsInTime:
+        def __enter__(self) -> None:
+            held.waiting = 5.0  # the next one's
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    held.lock = EndsInTime()  # type: ignore[assignment]
+    watchdog = make(clock, cut)
+    watchdog.watch(held)
+    clock.now = 5.5
+    watchdog.look()
+    assert cut == []
+
+
+def test_a_failing_cut_is_logged_and_the_others_are_looked_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One connection that can't be cut doesn't protect the rest."""
+    clock, cut = Clock(), []
+
+    def fail(held: Any, reason: str) -> None:
+        cut.append(held)
+        raise OSError("bad descriptor")
+
+    watchdog = Watchdog(1.0, None, fail, clock)
+    for _ in range(2):
+        watchdog.watch(Held(waiting=0.0))
+    clock.now = 2.0
+    watchdog.look()
+    assert len(cut) == 2
+    assert caplog.text.count("could not be cut") == 2
+
+
+def test_its_thread_lives_while_there_is_something_to_look_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends when no connection is left, is started anew for the next, and keeps no pool alive."""
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_EVERY", 0.001)
+    cut: list[Any] = []
+    watchdog = make(Clock(), cut)
+
+    def gone(thread: threading.Thread | None) -> None:
+        assert thread is not None
+        thread.join(10)
+        assert not thread.is_alive()
+
+    for _ in range(2):
+        held = Held()
+        watchdog.watch(held)
+        thread = watchdog._thread
+        watchdog.forget(held)
+        gone(thread)
+    watchdog = Watchdog(1.0, None, lambda held, reason: cut.append(held), time.monotonic)
+    held = Held(waiting=time.monotonic() - 60)
+    watchdog.watch(held)
+    thread = watchdog._thread
+    while not cut:
+        time.sleep(0.001)
+    del watchdog
+    gc.collect()
+    gone(thread)
