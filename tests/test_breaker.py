@@ -18,7 +18,7 @@ def test_while_all_is_well_everybody_may() -> None:
 
 
 def test_after_a_failure_one_at_a_time_may_after_a_pause() -> None:
-    """The pauses double up to 0.4 s; while one tries, and until its pause is over, none else may."""
+    """The pauses double up to 0.4 s; while one tries, and until its pause is over, nobody may."""
     clock = Clock()
     breaker = make(clock)
     assert breaker.admits()

@@ -191,6 +191,7 @@ def test_a_failed_connection_attempt_gives_its_slot_back(
         assert isinstance(failure.value.__cause__, OSError)
     assert pool.stats.in_use == 0
     driver.unreachable = False
+    clock.now += 1
     assert take(pool).state["conn"] == 0
 
 

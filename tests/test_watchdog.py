@@ -35,7 +35,8 @@ def make(clock: Clock, cut: list[Any], **limits: Any) -> Watchdog:
 
 def test_a_statement_over_its_limit_is_cut_once() -> None:
     """Not before the limit and the margin for the database's own are over, and not again."""
-    clock, cut, held = Clock(), [], Held()
+    cut: list[Any] = []
+    clock, held = Clock(), Held()
     watchdog = make(clock, cut)
     watchdog.watch(held)
     with Waiting(held, clock):
@@ -51,7 +52,8 @@ def test_a_statement_over_its_limit_is_cut_once() -> None:
 
 def test_each_statement_has_its_time() -> None:
     """Statements one after the other may take longer together."""
-    clock, cut, held = Clock(), [], Held()
+    cut: list[Any] = []
+    clock, held = Clock(), Held()
     watchdog = make(clock, cut)
     watchdog.watch(held)
     for _ in range(5):
@@ -65,7 +67,8 @@ def test_each_statement_has_its_time() -> None:
 
 def test_without_a_limit_nothing_is_cut() -> None:
     """None is for any time."""
-    clock, cut, held = Clock(), [], Held(waiting=0.0, transaction=0.0)
+    cut: list[Any] = []
+    clock, held = Clock(), Held(waiting=0.0, transaction=0.0)
     watchdog = make(clock, cut, statement=None, transaction=None)
     watchdog.watch(held)
     clock.now = 1e6
@@ -75,7 +78,8 @@ def test_without_a_limit_nothing_is_cut() -> None:
 
 def test_a_statement_that_ends_as_it_is_looked_at_is_let_go() -> None:
     """Nobody's connection is cut for what another one did: under its lock it is looked at again."""
-    clock, cut, held = Clock(), [], Held(waiting=0.0)
+    cut: list[Any] = []
+    clock, held = Clock(), Held(waiting=0.0)
 
     class EndsInTime:
         def __enter__(self) -> None:
@@ -96,7 +100,8 @@ def test_a_failing_cut_is_logged_and_the_others_are_looked_at(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One connection that can't be cut doesn't protect the rest."""
-    clock, cut = Clock(), []
+    cut: list[Any] = []
+    clock = Clock()
 
     def fail(held: Any, reason: str) -> None:
         cut.append(held)

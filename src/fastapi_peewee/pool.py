@@ -266,7 +266,7 @@ class Pool:
 
     def _is_doubtful(self, held: _Held) -> bool:
         used_at = held.used_at
-        return used_at <= self._doubted_at or self._clock() - used_at >= CHECK_AFTER
+        return used_at < self._doubted_at or self._clock() - used_at >= CHECK_AFTER
 
     def _is_alive(self, held: _Held) -> bool:
         with self._waiting_for(held):
