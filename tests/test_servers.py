@@ -1,7 +1,6 @@
 """The databases that `tests.servers` hands out."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -9,14 +8,8 @@ import psycopg
 import pymysql
 import pytest
 
-from tests.servers import (
-    MySQLDatabase,
-    OwnDatabase,
-    PostgresDatabase,
-    UnavailableError,
-    started_mariadb,
-    started_postgres,
-)
+from soak.servers import MariaDBServer, PostgresServer, Server, UnavailableError
+from tests.servers import MySQLDatabase, OwnDatabase, PostgresDatabase
 
 
 def test_the_url_of_a_database_keeps_the_socket_that_the_url_of_the_server_names() -> None:
@@ -42,17 +35,18 @@ def test_emptying_removes_a_table_that_a_forgotten_transaction_has_locked(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("database_class", "started"),
+    ("database_class", "server_class"),
     [
-        pytest.param(PostgresDatabase, started_postgres, id="postgres"),
-        pytest.param(MySQLDatabase, started_mariadb, id="mysql"),
+        pytest.param(PostgresDatabase, PostgresServer, id="postgres"),
+        pytest.param(MySQLDatabase, MariaDBServer, id="mysql"),
     ],
 )
 def test_a_server_that_we_start_serves_databases_and_is_gone_afterwards(
-    database_class: type[OwnDatabase], started: Callable[[], AbstractContextManager[str]]
+    database_class: type[OwnDatabase], server_class: type[Server]
 ) -> None:
     try:
-        with started() as url:
+        with server_class() as server:
+            url = server.url
             database = database_class(url, "own")
             database.create()
             database.empty()
