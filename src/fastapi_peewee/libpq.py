@@ -111,6 +111,16 @@ class Statements:
         pgconn, loop = self._pgconn, asyncio.get_running_loop()
         answered = loop.create_future()
         results = []
+        socket = pgconn.socket
+        watched = True
+
+        def unwatch() -> None:
+            # At once: libpq closes the socket of a lost connection, and then its number may be that
+            # of another one, which the event loop would take for watched already.
+            nonlocal watched
+            if watched:
+                watched = False
+                loop.remove_reader(socket)
 
         def read() -> None:
             try:
@@ -118,19 +128,21 @@ class Statements:
                 while not pgconn.is_busy():
                     result = pgconn.get_result()
                     if result is None:
+                        unwatch()
                         _settle(answered)
                         return
                     results.append(result)
             except Exception as error:
+                unwatch()
                 _settle(answered, error)
 
-        loop.add_reader(pgconn.socket, read)
+        loop.add_reader(socket, read)
         try:
             getattr(pgconn, method)(*arguments)
             pgconn.flush()
             await answered
         finally:
-            loop.remove_reader(pgconn.socket)
+            unwatch()
         return results[-1]
 
     def _column(self, result: Any) -> list[bytes]:
