@@ -182,7 +182,10 @@ def kind_of(error: Exception) -> Kind | None:
 
 
 def _driver_error(error: BaseException) -> Any:
-    return getattr(error, "orig", None) or error  # where Peewee's own error keeps the driver's
+    # Peewee's own error keeps the driver's; one that came through two of its wrappers, one of its.
+    while (cause := getattr(error, "orig", None)) is not None:
+        error = cause
+    return error
 
 
 def _fields(error: Exception, kind: str) -> Iterator[str]:
