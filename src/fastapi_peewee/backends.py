@@ -436,6 +436,23 @@ _FAREWELLS = (0, 1053, 1927, 2006, 2013, 2055)
 _CUT = (1260, 1301)
 
 
+@functools.cache
+def _unbuffered_cursor() -> type[Any]:
+    """PyMySQL's unbuffered cursor, except that it doesn't read on from a lost connection."""
+    from pymysql.cursors import SSCursor
+
+    class UnbufferedCursor(SSCursor):
+        def close(self) -> None:
+            result: Any = self._result  # type: ignore[attr-defined]
+            if result is not None and result.connection is not None and not result.connection.open:
+                result.unbuffered_active = False  # its `__del__` would read on, too
+            super().close()
+
+        __del__ = close
+
+    return UnbufferedCursor
+
+
 class MySQLDatabase(Database, peewee.MySQLDatabase):
     """MySQL and MariaDB through PyMySQL."""
 
@@ -510,9 +527,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         cursor = super().cursor()
         if not named_cursor:
             return cursor
-        from pymysql.cursors import SSCursor
-
-        return self._state.conn.cursor(SSCursor)
+        return self._state.conn.cursor(_unbuffered_cursor())
 
     def is_open(self, conn: Any) -> bool:
         if not conn.open:
