@@ -23,6 +23,7 @@ class Proxy:
         url: of a PostgreSQL or MySQL database.
 
     Attributes:
+        direct_url: the one given.
         url: of the same database through the proxy. Without TLS, which would hide what is said.
         latency: seconds that each piece of data waits, in either direction.
         slice_to: forward the server's data in pieces of at most so many bytes, each in a packet of
@@ -39,6 +40,7 @@ class Proxy:
     """
 
     def __init__(self, url: str) -> None:
+        self.direct_url = url
         self.latency = 0.0
         self.slice_to: int | None = None
         self.swallowing = self.refusing = self.resets = False

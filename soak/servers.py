@@ -81,6 +81,10 @@ class Server(ABC):
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it and wait until it answers."""
         with self._log.open("ab") as log:
@@ -115,7 +119,7 @@ class Server(ABC):
 
     def stop(self) -> None:
         """End it in order, and without waiting for its clients."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.running:
             self._process.send_signal(self._stop_signal)
             try:
                 self.wait()

@@ -13,12 +13,12 @@ import anyio.lowlevel
 import httpx
 import peewee
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_peewee import Database, Peewee, PeeweeRoute, connect
+from fastapi_peewee import Database, InTransaction, Peewee, PeeweeRoute, connect, get_db
 
 
 @asynccontextmanager
@@ -70,6 +70,43 @@ def client(app: ASGIApp, *, raises: bool = False) -> httpx.AsyncClient:
     """Answers a failure with 500, as a server does, unless it `raises`."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+def with_all_uses(app: FastAPI, db: Database) -> list[str]:
+    """Adds an endpoint for each way in which a request comes by a connection; returns the paths."""
+
+    def query() -> Any:
+        return db.execute_sql("SELECT 1").fetchone()[0]
+
+    async def asynchronous() -> Any:
+        return await db.run(query)
+
+    async def block() -> Any:
+        async with db.atomic():
+            return await db.run(query)
+
+    def context() -> Any:
+        with db.connection_context():
+            return query()
+
+    def in_transaction(held: InTransaction) -> Any:
+        return query()
+
+    app.get("/route")(query)
+    app.get("/async")(asynchronous)
+    app.get("/block")(block)
+    app.get("/transaction")(in_transaction)
+    app.router.route_class = APIRoute
+    app.get("/get_db", dependencies=[Depends(get_db)])(query)
+    app.get("/context")(context)
+    app.router.route_class = PeeweeRoute
+    return ["/route", "/async", "/block", "/transaction", "/get_db", "/context"]
+
+
+def assert_unavailable(response: Any) -> None:
+    assert response.status_code == 503
+    assert response.json() == {"detail": "database unavailable"}
+    assert int(response.headers["retry-after"]) >= 1
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

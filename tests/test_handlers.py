@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import peewee
 import pytest
-from fastapi import Body, Depends, FastAPI, Request, Response
+from fastapi import Body, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
-from fastapi.routing import APIRoute
 
-from fastapi_peewee import Database, InTransaction, Peewee, PeeweeRoute, get_db
-from tests.apps import client, connected, make_app
+from fastapi_peewee import Database, InTransaction, Peewee
+from tests.apps import assert_unavailable, client, connected, make_app, with_all_uses
 from tests.apps import db as db
 
 
@@ -311,43 +310,6 @@ async def test_a_mistake_of_the_program_stays_an_error(
 
 
 # The database is away, or busy.
-
-
-def with_all_uses(app: FastAPI, db: Database) -> list[str]:
-    """Adds an endpoint for each way in which a request comes by a connection; returns the paths."""
-
-    def query() -> Any:
-        return db.execute_sql("SELECT 1").fetchone()[0]
-
-    async def asynchronous() -> Any:
-        return await db.run(query)
-
-    async def block() -> Any:
-        async with db.atomic():
-            return await db.run(query)
-
-    def context() -> Any:
-        with db.connection_context():
-            return query()
-
-    def in_transaction(held: InTransaction) -> Any:
-        return query()
-
-    app.get("/route")(query)
-    app.get("/async")(asynchronous)
-    app.get("/block")(block)
-    app.get("/transaction")(in_transaction)
-    app.router.route_class = APIRoute
-    app.get("/get_db", dependencies=[Depends(get_db)])(query)
-    app.get("/context")(context)
-    app.router.route_class = PeeweeRoute
-    return ["/route", "/async", "/block", "/transaction", "/get_db", "/context"]
-
-
-def assert_unavailable(response: Any) -> None:
-    assert response.status_code == 503
-    assert response.json() == {"detail": "database unavailable"}
-    assert int(response.headers["retry-after"]) >= 1
 
 
 AWAY = [
