@@ -3,9 +3,7 @@ what is left afterwards. A test module takes `from tests.faults import nothing_l
 and the fixtures it asks for.
 """
 
-import os
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -13,9 +11,9 @@ import peewee
 import pytest
 
 from fastapi_peewee import Database
+from soak.looking import descriptors, idle_transactions, threads
 from soak.proxy import Proxy
 from soak.servers import MariaDBServer, PostgresServer, Server, UnavailableError
-from tests.live import idle_transactions
 from tests.servers import MySQLDatabase, OwnDatabase, PostgresDatabase, give_up
 
 #: What a statement raises whose connection is lost.
@@ -40,23 +38,13 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Proxy]:
 @pytest.fixture(autouse=True)
 async def nothing_left() -> AsyncIterator[None]:
     """No thread and no descriptor more than before: set up before all other fixtures."""
-    before = _descriptors(), _threads()
+    before = descriptors(), threads()
     yield
     # A server's end of a connection, and a thread that was told to end, need a moment.
     deadline = time.monotonic() + 10
-    while (after := (_descriptors(), _threads())) > before:
+    while (after := (descriptors(), threads())) > before:
         assert time.monotonic() < deadline, f"descriptors and threads: {after}, before {before}"
         time.sleep(0.01)  # noqa: ASYNC251 (nothing else is to run any more)
-
-
-def _descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
-
-
-def _threads() -> int:
-    # The event loop keeps its own, and so does anyio.
-    ours = ("fastapi-peewee", "proxy")
-    return sum(thread.name.startswith(ours) for thread in threading.enumerate())
 
 
 @pytest.fixture(scope="session", params=list(_KINDS))
