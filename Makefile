@@ -21,10 +21,10 @@ IN_VENV := $(VENV)/bin/python
 INSTALL = $(IN_VENV) -m pip --disable-pip-version-check install --quiet
 # Installs into further environments: many times as fast, but deaf to pip's configuration.
 UV_INSTALL := $(VENV)/bin/uv pip install --quiet --compile-bytecode --python
-CODE := src sql_app tests $(wildcard experiment examples benchmarks)
+CODE := src sql_app tests $(wildcard experiment examples benchmarks soak)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format experiment soak bench coverage test-pythons test-lowest lock clean
+.PHONY: help install run test check format experiment soak soak-answers bench coverage test-pythons test-lowest lock clean
 
 help: ## say what there is (this text)
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,7 +55,10 @@ bench: $(VENV)/.installed ## measure sql_app against the same API built in other
 		INSTALL="$(UV_INSTALL) .venv-bench"
 	$(IN_VENV) -m benchmarks $(ARGS)
 
-soak: $(VENV)/.installed ## compare 50,000 answers to random queries with Pydantic's (CASES=… on each database)
+soak: $(VENV)/.installed ## do random faults to a database under load (ARGS="--seed 7 --minutes 10 --database sqlite", "--kills")
+	@$(IN_VENV) -m soak $(ARGS)
+
+soak-answers: $(VENV)/.installed ## compare 50,000 answers to random queries with Pydantic's (CASES=… on each database)
 	FIDELITY_CASES=$(or $(CASES),12500) $(IN_VENV) -m pytest -s tests/test_fidelity.py -k answer
 
 coverage: ## run the whole test suite and say which lines and branches it never reaches

@@ -48,8 +48,20 @@ class Report:
     leaks: list[str] = field(default_factory=list)
 
     @property
+    def rate(self) -> int:
+        """Operations a second, in the rounds that are over."""
+        return round(sum(self.outcomes.values()) / self.seconds) if self.seconds else 0
+
+    @property
     def clean(self) -> bool:
         return not self.violations and not self.leaks
+
+
+@contextmanager
+def sqlite_url() -> Iterator[str]:
+    """Of a file in a folder of its own, which is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
+        yield f"sqlite:///{Path(folder).resolve() / 'soak.db'}"
 
 
 @contextmanager
@@ -61,8 +73,7 @@ def target_on(database: str) -> Iterator[Target]:
     """
     with ExitStack() as stack:
         if database == "sqlite":
-            folder = tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True)
-            url = f"sqlite:///{Path(stack.enter_context(folder)) / 'soak.db'}"
+            url = stack.enter_context(sqlite_url())
             db = connect(url, pool_size=POOL_SIZE, busy_timeout=BUSY_TIMEOUT)
             yield Target(db, url)
             return
@@ -180,14 +191,3 @@ def _soon_zero(count: Callable[[], int]) -> int:
     while (found := count()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return found
-
-
-async def run_one(database: str, seed: object, operations: int) -> Report:
-    """One round on one database."""
-    report = Report(database)
-    with target_on(database) as target:
-        rounds = run_rounds(report, target, seed, operations)
-        async for _ in rounds:
-            break
-        await rounds.aclose()  # type: ignore[attr-defined]
-    return report
