@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,19 @@ _ANSWER_TIMEOUT = 90.0
 _LOG_SHOWN = 5000
 #: What an application reads its settings from. Those of whoever runs the tests don't reach it.
 _SETTINGS = ("DATABASE_URL", "SLOWUSERS_STEP")
+
+
+_COMMANDS = {
+    "uvicorn": [
+        *("--app-dir", str(_ROOT), "--lifespan", "on", "--no-access-log", "--no-use-colors"),
+        *("--host", "127.0.0.1", "--port", "0"),
+    ],
+    "gunicorn": [
+        *("--chdir", str(_ROOT), "--worker-class", "asgi", "--no-control-socket"),
+        *("--bind", "127.0.0.1:0"),
+    ],
+}
+_READY = re.compile(r"(?:Uvicorn running on|Listening at:) http://([\d.]+):(\d+)")
 
 
 class ServingError(Exception):
@@ -63,7 +76,14 @@ class LiveServer:
 
 
 @contextmanager
-def serve(application: str, *, cwd: Path | None = None, **settings: str) -> Iterator[LiveServer]:
+def serve(
+    application: str,
+    *,
+    cwd: Path | None = None,
+    runner: str = "uvicorn",
+    options: Sequence[str] = (),
+    **settings: str,
+) -> Iterator[LiveServer]:
     """Run an application in a process of its own until the block ends.
 
     Python's warnings are errors there, too.
@@ -72,16 +92,20 @@ def serve(application: str, *, cwd: Path | None = None, **settings: str) -> Iter
         application: as uvicorn is told it, "package.module:app"; or the name of a factory in
             `tests.live_apps`.
         cwd: the working directory; this repository's root by default.
+        runner: "uvicorn" or "gunicorn".
+        options: more of its options.
         settings: environment variables.
 
     Raises:
         ServingError: it isn't ready within 60 seconds, or not gone 20 seconds after SIGTERM.
     """
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(_ROOT), "--lifespan", "on"]
-    command += ["--host", "127.0.0.1", "--port", "0", "--no-access-log", "--no-use-colors"]
-    command += (
-        [application] if ":" in application else ["--factory", f"tests.live_apps:{application}"]
-    )
+    command = [sys.executable, "-m", runner, *_COMMANDS[runner], *options]
+    if ":" in application:
+        command.append(application)
+    elif runner == "uvicorn":
+        command += ["--factory", f"tests.live_apps:{application}"]
+    else:
+        command.append(f"tests.live_apps:{application}()")
     environment = {name: value for name, value in os.environ.items() if name not in _SETTINGS}
     environment |= {"PYTHONWARNINGS": "error", **settings}
     with tempfile.TemporaryDirectory(prefix="live-", ignore_cleanup_errors=True) as folder:
@@ -108,11 +132,13 @@ def serve(application: str, *, cwd: Path | None = None, **settings: str) -> Iter
 
 
 def _address(process: "subprocess.Popen[bytes]", log_file: Path) -> tuple[str, int]:
-    """Where uvicorn says that it listens: which it does by then, after the application's start."""
+    """Where the server says that it listens: uvicorn does so after the application's start; with
+    several processes the first requests wait for that."""
     deadline = time.monotonic() + _START_TIMEOUT
     while True:
         text = log_file.read_text(encoding="utf-8", errors="replace")
-        if ready := re.search(r"Uvicorn running on http://([\d.]+):(\d+)", text):
+        ready = _READY.search(text)
+        if ready and ("Listening" in ready[0] or "Application startup complete" in text):
             return ready[1], int(ready[2])
         if process.poll() is not None:
             raise ServingError(f"It ended with exit code {process.returncode}:\n{text}")

@@ -23,10 +23,10 @@ from psycopg.pq import TransactionStatus
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_peewee import Database, Peewee, PoolError, connect, get_db
+from fastapi_peewee import Database, Peewee, PoolError, connect, get_db, respond, schema
 from fastapi_peewee.pool import Pool
 
 Beside = dict[str, Callable[[], Any]]
@@ -358,3 +358,116 @@ def recorded_refusals(pool: Pool) -> list[tuple[str, float, float]]:
 
     pool.acquire = recording  # type: ignore[method-assign]
     return refusals
+
+
+def echoing() -> ASGIApp:
+    """`GET /echo/{number}`, and the same at `/aecho`, answers with the process and the number,
+    which has been to the database and back. Before the application is made, connections are open: a
+    thread's, and three of the pool.
+    """
+    db = connect(os.environ["DATABASE_URL"], pool_size=4)
+
+    def echo(number: int) -> list[int]:
+        rows = db.execute_sql(f"SELECT {number}").fetchall()
+        return [os.getpid(), int(rows[0][0])]
+
+    async def warm_up() -> None:
+        async with asyncio.TaskGroup() as group:
+            inside = asyncio.Barrier(3)
+
+            async def hold() -> None:
+                async with db.connection_context():
+                    await inside.wait()
+                    await db.run(echo, 0)
+
+            for _ in range(3):
+                group.create_task(hold())
+
+    if not asyncio.events._get_running_loop():  # uvicorn imports us on its loop
+        db.connect()
+        asyncio.run(warm_up())
+
+    app = FastAPI()
+    Peewee(db).init_app(app)
+    app.get("/echo/{number}")(echo)
+
+    @app.get("/aecho/{number}")
+    async def aecho(number: int) -> list[int]:
+        async with db.atomic():
+            return await db.run(echo, number)
+
+    return beside(app, observations(db))
+
+
+def finishing() -> ASGIApp:
+    """`/sync` and `/async` write a row, and wait for the file `GO_ON` before they commit it."""
+    db, go_on = connect(os.environ["DATABASE_URL"], pool_size=8), os.environ["GO_ON"]
+
+    class Note(db.Model):
+        text = peewee.CharField()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await db.acreate_tables([Note])
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    Peewee(db).init_app(app)
+
+    @app.get("/sync")
+    def sync() -> int:
+        with db.atomic():
+            note = Note.create(text="sync")
+            while not os.access(go_on, os.F_OK):
+                time.sleep(0.005)
+        return int(note.id)
+
+    @app.get("/async")
+    async def asynchronous() -> int:
+        async with db.atomic():
+            note = await Note.acreate(text="async")
+            while not os.access(go_on, os.F_OK):
+                await asyncio.sleep(0.005)
+        return int(note.id)
+
+    return beside(app, observations(db))
+
+
+def streaming() -> ASGIApp:
+    """`/rows` streams 20,000 rows; `/written` streams without end, in a transaction that has
+    written one more; `/count` says how many there are.
+    """
+    db = connect(os.environ["DATABASE_URL"], pool_size=2)
+
+    class Note(db.Model):
+        text = peewee.CharField()
+
+    def fill() -> None:
+        db.create_tables([Note])
+        for rows in peewee.chunked([{"text": "x" * 200}] * 20_000, 1000):
+            Note.insert_many(rows).execute()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await db.run(fill)
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    Peewee(db).init_app(app)
+
+    @app.get("/rows")
+    async def rows() -> Any:
+        return respond(Note.select(), list[schema(Note)], stream=True)  # type: ignore[misc]
+
+    @app.get("/written", response_class=StreamingResponse)
+    async def written() -> AsyncIterator[bytes]:
+        async with db.atomic():
+            await Note.acreate(text="written")
+            while True:
+                yield b"x" * 2**16
+
+    @app.get("/count")
+    def count() -> int:
+        return int(Note.select().count())
+
+    return beside(app, observations(db))
