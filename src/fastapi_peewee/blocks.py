@@ -121,8 +121,10 @@ class _Block:
         request = RequestScope.current.get()
         if request is not None:
             request.blocks.pop(self, None)
-        await leave(self.db, self._lease, partial(self._end, error))
-        await run_follow_ups(self._lease)
+        try:
+            await leave(self.db, self._lease, partial(self._end, error))
+        finally:  # cancelled as it committed: these are of a transaction that is there
+            await run_follow_ups(self._lease)
 
     async def abandon(self) -> None:
         """Roll back a block that nobody will leave, since its task or its request is over.
