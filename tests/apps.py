@@ -144,19 +144,13 @@ class Watched:
         await self.app(scope, receive, looking)
 
 
-async def walk_away(app: ASGIApp, path: str, *, after: int, spec_version: str = "2.3") -> bytes:
-    """GET `path` and disconnect when `after` pieces of the body have come. Returns those.
-
-    A server of the specification's version 2.3 tells the application by a message that can be
-    received, one of 2.4 by a `send` that fails.
-    """
-    gone = anyio.Event()
-    pieces: list[bytes] = []
-    scope = {
+def http_scope(method: str, path: str, spec_version: str = "2.3") -> Scope:
+    """What a server tells an application of a request without a body."""
+    return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": spec_version},
         "http_version": "1.1",
-        "method": "GET",
+        "method": method,
         "scheme": "http",
         "server": ("test", 80),
         "client": ("test", 1),
@@ -166,6 +160,17 @@ async def walk_away(app: ASGIApp, path: str, *, after: int, spec_version: str = 
         "query_string": b"",
         "headers": [],
     }
+
+
+async def walk_away(app: ASGIApp, path: str, *, after: int, spec_version: str = "2.3") -> bytes:
+    """GET `path` and disconnect when `after` pieces of the body have come. Returns those.
+
+    A server of the specification's version 2.3 tells the application by a message that can be
+    received, one of 2.4 by a `send` that fails.
+    """
+    gone = anyio.Event()
+    pieces: list[bytes] = []
+    scope = http_scope("GET", path, spec_version)
     asked = False
 
     async def receive() -> Message:

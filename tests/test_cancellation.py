@@ -5,13 +5,11 @@ checks after each run: `CancelledError` comes out, the slot is back, nothing is 
 next user of the connection finds it as new, and no two threads were in it at a time.
 """
 
-from collections.abc import AsyncIterator
 from typing import Any
 
-import peewee
 import pytest
 
-from fastapi_peewee import Database, connect
+from fastapi_peewee import Database
 from tests.cancelling import (
     BY,
     IN_A_BLOCK,
@@ -22,29 +20,10 @@ from tests.cancelling import (
     cut_everywhere,
     unconnected,
 )
+from tests.cancelling import db as db
+from tests.cancelling import driver as driver
+from tests.cancelling import row as row
 from tests.cancelling_cases import SCENARIOS
-
-
-@pytest.fixture
-def driver() -> Driver:
-    return Driver()
-
-
-@pytest.fixture
-async def db(driver: Driver) -> AsyncIterator[Database]:
-    db = connect("sqlite:///:memory:", pool_size=1, timeout=30, **driver.connect_options())
-    yield db
-    assert await db.close_pool(), "a connection was not given back"
-
-
-@pytest.fixture
-async def row(db: Database) -> Any:
-    class Row(db.Model):
-        name = peewee.CharField()
-
-    await db.acreate_tables([Row])
-    await Row.abulk_create([Row(name="old") for _ in range(5)])
-    return Row
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

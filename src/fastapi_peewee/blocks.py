@@ -19,6 +19,7 @@ import anyio.from_thread
 import anyio.to_thread
 
 from .calls import Call, result_of, run_follow_ups, uninterrupted
+from .exceptions import LeaseEnded
 from .state import (
     ConnectionContext,
     Lease,
@@ -42,6 +43,7 @@ class _Block:
     db: "Database"
     _generation: int
     _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
+    _on: Lease | None  # entered with `with`: the lease in force there
     _lease: Lease  # entered with `async with`
     _left: bool
     _entered: Any
@@ -51,6 +53,7 @@ class _Block:
         self._generation = generation()
         # The turn comes first: what Peewee looks at next (how deep are we?) belongs to its holder.
         lease = self.db.take_turn()
+        self._on = self.db._state.lease()
         try:
             result = super().__enter__()  # type: ignore[misc]
         except BaseException:
@@ -72,6 +75,12 @@ class _Block:
     ) -> None:
         if self._generation != generation():
             return  # a forked child leaves the parent's block: it is the parent's
+        if self._on is not None and not self.db._state.has(self._on):
+            # A generator that nobody reads any more is collected, wherever that happens. Its lease
+            # is, or will be, given back by who took it, and rolled back.
+            if exc_type is None:
+                raise LeaseEnded
+            return
         lease, self._turn = self._turn, None
         if lease is None:  # unless this thread has the turn anyway
             lease = self.db.take_turn()
@@ -318,7 +327,7 @@ class LeaseContext(_Block, ConnectionContext):
                 db.pool.give_back(lease)
                 raise
             lease.turn.release()
-        with _sharing:
+        with sharing:
             held = request.hold(db, lease)
             held.contexts += 1
         if held is not lease:  # another thread of this request was faster
@@ -337,17 +346,17 @@ class LeaseContext(_Block, ConnectionContext):
         if lease is None:
             super().__exit__(exc_type, exc, tb)
             return
-        with _sharing:
+        with sharing:
             lease.contexts -= 1
-            if lease.contexts or lease.ended:
+            if lease.contexts or not self._request.drop(self.db, lease):
                 return
-            self._request.drop(self.db)
         lease.closing = True
         lease.turn.acquire_blocking(None)
         self.db.pool.give_back(lease)
 
 
-_sharing = threading.Lock()
+#: Held while it is decided who gives back what a request holds.
+sharing = threading.Lock()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .blocks import leave
+from .blocks import leave, sharing
 from .calls import detached, run_follow_ups
 from .database import Database
 from .handlers import UNAVAILABLE, add_handlers
@@ -211,8 +211,10 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
         for state, held in list(request.leases.items()):
             if not over and isinstance(held, Lease) and held.contexts:
                 continue
-            db = request.owners[state]
-            request.drop(db)
+            with sharing:
+                db = request.owners.get(state)
+                if db is None or not request.drop(db, held):
+                    continue  # a thread of this request has given it back meanwhile
             if not isinstance(held, Lease):
                 leaving.append(detached(run_in_threadpool(_close, db, held)))
                 continue

@@ -243,9 +243,15 @@ class RequestScope:
         self.owners.setdefault(db._state, db)
         return self.leases.setdefault(db._state, held)
 
-    def drop(self, db: Any) -> None:
-        self.owners.pop(db._state, None)
-        self.leases.pop(db._state, None)
+    def drop(self, db: Any, held: Any) -> bool:
+        """Hold this no longer. Returns False if it wasn't held: then somebody else gives it back.
+
+        Threads of the request and its event loop may do so at once: call it under a lock.
+        """
+        if self.leases.get(db._state) is not held:
+            return False
+        del self.leases[db._state], self.owners[db._state]
+        return True
 
 
 class PeeweeConnectionState(_ConnectionState):
@@ -277,14 +283,22 @@ class PeeweeConnectionState(_ConnectionState):
 
     def lease(self) -> Lease | None:
         """The lease in force here, or None. Raises `LeaseEnded` or `LeaseForked` if it is over."""
-        bound = self._state.get()
-        if bound is None:
-            request = RequestScope.current.get()
-            bound = None if request is None else request.leases.get(self)
+        bound = self._bound()
         if isinstance(bound, Lease):
             bound.check()
             return bound
         return None
+
+    def has(self, lease: Lease) -> bool:
+        """Whether this lease is in force here, and not over."""
+        return self._bound() is lease and not lease.ended
+
+    def _bound(self) -> Any:
+        bound = self._state.get()
+        if bound is None:
+            request = RequestScope.current.get()
+            bound = None if request is None else request.leases.get(self)
+        return bound
 
     def bound_lease(self) -> Lease | None:
         """As `lease()`, but without the request's: that of a call or block around this code."""

@@ -1,0 +1,39 @@
+"""Requests that are cancelled, at every await and at random: nothing of them is left."""
+
+from typing import Any
+
+import pytest
+
+from fastapi_peewee import Database
+from tests.cancelling import BY, MOMENTS, Driver, Scenario, cut_everywhere
+from tests.cancelling import db as db
+from tests.cancelling import driver as driver
+from tests.cancelling import row as row
+from tests.cancelling_app import PATHS, ask_into, make_app
+
+#: Streams and background tasks write when the answer has begun.
+WRITE_AFTERWARDS = ("/background", "/generator")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("path", PATHS)
+async def test_at_every_await_and_step(
+    db: Database, row: Any, driver: Driver, path: str, by: str, moment: str
+) -> None:
+    """Whichever of its awaits a request is cancelled at: all or nothing is written, all if it was
+    answered; its connection, tasks and transaction are gone."""
+    app = make_app(db, row)
+    answers: list[int] = []
+
+    async def request(db: Database, row: Any) -> None:
+        answers.clear()
+        await ask_into(answers, app, path)
+
+    def answered_means_committed(row: Any, stored: str) -> None:
+        assert answers in ([], [200], [200, 0])
+        if answers and path not in WRITE_AFTERWARDS:
+            assert stored == PATHS[path][-1]
+
+    scenario = Scenario(request, PATHS[path], check=answered_means_committed)
+    await cut_everywhere(db, row, scenario, by=by, moment=moment, driver=driver)
