@@ -219,6 +219,10 @@ async def db(driver: Driver) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def row(db: Database) -> Any:
+    return await make_row(db)
+
+
+async def make_row(db: Database) -> Any:
     """A model with the names of some old rows in its table."""
 
     class Row(db.Model):

@@ -16,7 +16,9 @@ WRITE_AFTERWARDS = ("/background", "/generator")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize(
+    "by", [by if "again" in by else pytest.param(by, marks=pytest.mark.slow) for by in BY]
+)
 @pytest.mark.parametrize("path", PATHS)
 async def test_at_every_await_and_step(
     db: Database, row: Any, driver: Driver, path: str, by: str, moment: str
