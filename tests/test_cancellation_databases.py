@@ -4,6 +4,7 @@ What happens inside of each step is tried with one driver, in `test_cancellation
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,10 +39,7 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 #: The others are as quick, but many.
 QUICK = ("a block", "nested blocks", "a transaction in one call", "iterate", "callbacks")
 
-every_moment = pytest.mark.parametrize("moment", MOMENTS)
 
-
-@every_moment
 @pytest.mark.parametrize(
     ("name", "by"),
     [
@@ -50,39 +48,36 @@ every_moment = pytest.mark.parametrize("moment", MOMENTS)
         for by in ("task", "task again and again", "scope")
     ],
 )
-async def test_at_every_await(db: Database, row: Any, name: str, by: str, moment: str) -> None:
+async def test_at_every_await(db: Database, row: Any, name: str, by: str) -> None:
     """Whichever await it is cancelled at: all or nothing, all given back, a clean session."""
-    assert await cut_everywhere(db, row, SCENARIOS[name], by=by, moment=moment)
+    for moment in MOMENTS:
+        assert await cut_everywhere(db, row, SCENARIOS[name], by=by, moment=moment)
 
 
 @pytest.mark.slow
-@every_moment
 @pytest.mark.parametrize("around", [all_in_use, in_a_block])
 @pytest.mark.parametrize("name", ["a transaction in one call", "nested blocks", "iterate"])
 async def test_while_others_use_the_connection(
-    db: Database, row: Any, name: str, around: Around, moment: str
+    db: Database, row: Any, name: str, around: Around
 ) -> None:
     """So it is for one that waits for a connection, and for a part of a transaction."""
-    await cut_everywhere(db, row, SCENARIOS[name], by="task", moment=moment, around=around)
+    for moment in MOMENTS:
+        await cut_everywhere(db, row, SCENARIOS[name], by="task", moment=moment, around=around)
 
 
 @pytest.mark.slow
-@every_moment
 @pytest.mark.parametrize("path", PATHS)
-async def test_requests_at_every_await(db: Database, row: Any, path: str, moment: str) -> None:
+async def test_requests_at_every_await(db: Database, row: Any, path: str) -> None:
     """So it is for a request."""
     app = make_app(db, row)
     scenario = Scenario(lambda db, row: ask_into([], app, path), PATHS[path])
-    await cut_everywhere(db, row, scenario, by="task again and again", moment=moment)
+    for moment in MOMENTS:
+        await cut_everywhere(db, row, scenario, by="task again and again", moment=moment)
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
-@every_moment
-@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-async def test_a_read_on_the_event_loop(
-    db: Database, row: Any, by: str, moment: str, times: int
-) -> None:
+async def test_a_read_on_the_event_loop(db: Database, row: Any, times: int) -> None:
     """A statement that is read without a thread, cancelled at every await: one that the connection
     has never seen, one that it prepares, and one that it has prepared."""
 
@@ -99,8 +94,9 @@ async def test_a_read_on_the_event_loop(
         yield
 
     scenario = Scenario(read, ("",))
-    awaits = await cut_everywhere(db, row, scenario, by=by, moment=moment, around=seen)
-    assert awaits == (2 if times == 1 else 1)
+    for by, moment in itertools.product(BY, MOMENTS):
+        awaits = await cut_everywhere(db, row, scenario, by=by, moment=moment, around=seen)
+        assert awaits == (2 if times == 1 else 1)
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
