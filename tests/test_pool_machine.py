@@ -33,7 +33,7 @@ STEPS_AT_ONCE = 50
 
 
 def machine_settings() -> settings:
-    steps = int(os.environ.get("MACHINE_STEPS", "0")) or 10 * settings().max_examples
+    steps = int(os.environ.get("MACHINE_STEPS", "0")) or 8 * settings().max_examples
     return settings(
         max_examples=max(1, steps // STEPS_AT_ONCE),
         stateful_step_count=STEPS_AT_ONCE,
