@@ -146,6 +146,7 @@ class Watched:
 
 def http_scope(method: str, path: str, spec_version: str = "2.3") -> Scope:
     """What a server tells an application of a request without a body."""
+    path, _, query = path.partition("?")
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": spec_version},
@@ -157,7 +158,7 @@ def http_scope(method: str, path: str, spec_version: str = "2.3") -> Scope:
         "root_path": "",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "headers": [],
     }
 

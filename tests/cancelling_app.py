@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from fastapi import BackgroundTasks, Depends, FastAPI
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -35,86 +35,80 @@ PATHS = {
     "/stream": ("",),
 }
 
+#: These write when their answer has begun.
+WRITE_AFTERWARDS = ("/background", "/generator")
+
 
 def make_app(db: Database, row: Any) -> FastAPI:
-    """`row` is a model with a `name`."""
+    """`row` is a model with a `name`. What a request writes begins with its `n`."""
     app = FastAPI()
     Peewee(db).init_app(app)
 
     class Out(BaseModel):
         name: str
 
-    def both() -> None:
-        row.create(name="a")
-        row.create(name="b")
+    def both(n: str) -> None:
+        row.create(name=f"{n}a")
+        row.create(name=f"{n}b")
 
     @app.post("/route")
-    def route() -> None:
+    def route(n: str = "") -> None:
         with db.atomic():
-            both()
+            both(n)
 
     @app.post("/calls")
-    async def calls() -> None:
-        await row.acreate(name="a")
-        await row.acreate(name="b")
+    async def calls(n: str = "") -> None:
+        await row.acreate(name=f"{n}a")
+        await row.acreate(name=f"{n}b")
 
     @app.post("/block")
-    async def block() -> None:
+    async def block(n: str = "") -> None:
         async with db.atomic():
-            await calls()
+            await calls(n)
 
     @app.post("/nested")
-    async def nested() -> None:
+    async def nested(n: str = "") -> None:
         async with db.atomic():
             async with db.atomic():
-                await calls()
-            await row.acreate(name="c")
+                await calls(n)
+            await row.acreate(name=f"{n}c")
 
     @app.post("/transaction/def")
-    def in_transaction(db: InTransaction) -> None:
-        both()
+    def in_transaction(db: InTransaction, n: str = "") -> None:
+        both(n)
 
     @app.post("/transaction/async")
-    async def in_async_transaction(db: InTransaction) -> None:
-        await calls()
+    async def in_async_transaction(db: InTransaction, n: str = "") -> None:
+        await calls(n)
 
     @app.post("/held/def")
-    def held(db: ConnectedDb) -> None:
-        both()
+    def held(db: ConnectedDb, n: str = "") -> None:
+        both(n)
 
     @app.post("/held/async")
-    async def held_async(db: ConnectedDb) -> None:
+    async def held_async(db: ConnectedDb, n: str = "") -> None:
         async with db.atomic():
-            await calls()
-
-    def plain() -> None:
-        with db.atomic():
-            both()
-
-    app.router.add_api_route(
-        "/plain", plain, methods=["POST"], dependencies=[Depends(get_db)], response_model=None
-    )
-    app.router.routes[-1].__class__ = APIRoute
+            await calls(n)
 
     def transaction() -> Iterator[None]:
         with db.connection_context(), db.atomic():
             yield
 
     @app.post("/dependency", dependencies=[Depends(transaction, scope="function")])
-    def dependency() -> None:
-        both()
+    def dependency(n: str = "") -> None:
+        both(n)
 
     @app.post("/background")
-    async def background(tasks: BackgroundTasks) -> None:
-        tasks.add_task(row.create, name="a")
-        tasks.add_task(row.acreate, name="b")
+    async def background(tasks: BackgroundTasks, n: str = "") -> None:
+        tasks.add_task(row.create, name=f"{n}a")
+        tasks.add_task(row.acreate, name=f"{n}b")
 
     @app.post("/generator")
-    async def generator() -> StreamingResponse:
+    async def generator(n: str = "") -> StreamingResponse:
         async def pieces() -> AsyncIterator[str]:
             async with db.atomic():
                 yield "a"
-                await calls()
+                await calls(n)
                 yield "b"
 
         return StreamingResponse(pieces())
@@ -131,21 +125,21 @@ def make_app(db: Database, row: Any) -> FastAPI:
     async def stream() -> Any:
         return respond(row.select().where(row.name == "old"), list[Out], stream=True)
 
+    plain = APIRouter(route_class=APIRoute)
+
+    @plain.post("/plain", dependencies=[Depends(get_db)])
+    def plain_route(n: str = "") -> None:
+        with db.atomic():
+            both(n)
+
+    app.include_router(plain)
     return app
 
 
-async def ask(app: ASGIApp, path: str) -> list[int]:
-    """POST to `path`. Returns the status, if an answer has begun, and 0 if it has ended.
-
-    The client never goes away.
-    """
-    answers: list[int] = []
-    await ask_into(answers, app, path)
-    return answers
-
-
 async def ask_into(answers: list[int], app: ASGIApp, path: str) -> None:
-    """The same, into a list that the caller has even if this is cancelled."""
+    """POST to `path`. Of an answer the status goes into the list when it begins, and 0 when it has
+    ended. The client never goes away.
+    """
     asked = False
 
     async def receive() -> Message:

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_peewee import Database, Peewee, PoolError, connect, get_db, respond, schema
 from fastapi_peewee.pool import Pool
+from tests import cancelling_app
 
 Beside = dict[str, Callable[[], Any]]
 
@@ -112,6 +113,19 @@ def sql_app_starting_together() -> ASGIApp:
         await app(scope, receive, send)
 
     return together
+
+
+def cancelling() -> ASGIApp:
+    """The application whose requests are cancelled, on a table `row` that is made at start."""
+    db = connect(os.environ["DATABASE_URL"], pool_size=4)
+
+    class Row(db.Model):
+        name = peewee.CharField()
+
+    with db.allow_sync(), db:
+        db.create_tables([Row])
+        Row.insert_many([{"name": "old"}] * 500).execute()
+    return beside(cancelling_app.make_app(db, Row), observations(db))
 
 
 class Mixed(HTTPException):

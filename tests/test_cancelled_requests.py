@@ -9,10 +9,7 @@ from tests.cancelling import BY, MOMENTS, Driver, Scenario, cut_everywhere
 from tests.cancelling import db as db
 from tests.cancelling import driver as driver
 from tests.cancelling import row as row
-from tests.cancelling_app import PATHS, ask_into, make_app
-
-#: Streams and background tasks write when the answer has begun.
-WRITE_AFTERWARDS = ("/background", "/generator")
+from tests.cancelling_app import PATHS, WRITE_AFTERWARDS, ask_into, make_app
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -75,13 +75,15 @@ class _Block:
     ) -> None:
         if self._generation != generation():
             return  # a forked child leaves the parent's block: it is the parent's
+        lease, self._turn = self._turn, None
         if self._on is not None and not self.db._state.has(self._on):
-            # A generator that nobody reads any more is collected, wherever that happens. Its lease
-            # is, or will be, given back by who took it, and rolled back.
+            # The request is over and its thread is not, or a generator is collected somewhere else.
+            # Who gives the connection back rolls back what is open.
+            if lease is not None:
+                lease.give_turn()
             if exc_type is None:
                 raise LeaseEnded
             return
-        lease, self._turn = self._turn, None
         if lease is None:  # unless this thread has the turn anyway
             lease = self.db.take_turn()
         try:
