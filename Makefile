@@ -24,7 +24,8 @@ UV_INSTALL := $(VENV)/bin/uv pip install --quiet --compile-bytecode --python
 CODE := src sql_app tests $(wildcard experiment examples benchmarks soak)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format experiment soak soak-answers bench coverage test-pythons test-lowest lock clean
+.PHONY: help install run test check format experiment soak soak-answers mutants bench coverage test-pythons \
+	test-lowest lock clean
 
 help: ## say what there is (this text)
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +61,9 @@ soak: $(VENV)/.installed ## do random faults to a database under load (ARGS="--s
 
 soak-answers: $(VENV)/.installed ## compare 50,000 answers to random queries with Pydantic's (CASES=… on each database)
 	FIDELITY_CASES=$(or $(CASES),12500) $(IN_VENV) -m pytest -s tests/test_fidelity.py -k answer
+
+mutants: $(VENV)/.installed ## plant bugs in a copy of the library, and say which tests catch them (ARGS="-k savepoint")
+	@$(IN_VENV) -m tests.mutants $(ARGS)
 
 coverage: ## run the whole test suite and say which lines and branches it never reaches
 	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term-missing $(ARGS)"

@@ -1,0 +1,417 @@
+"""Bugs planted on purpose, and the tests that must catch them: `make mutants`.
+
+A mutant replaces a statement or an expression of one function. It is found by what it says, not by
+where it stands: comments, formatting and the rest of the function may change. One that no longer
+applies is an error, and has to be written anew.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import fastapi_peewee
+
+PACKAGE = Path(fastapi_peewee.__file__).parent
+ROOT = Path(__file__).parents[1]
+#: A mutant that makes a test hang is caught by its time limit.
+_TEST_TIMEOUT = 40
+_RUN_TIMEOUT = 400
+
+
+class DoesNotApplyError(Exception):
+    """The code that a mutant changes isn't there, or is there twice."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """In `function` (a qualified name; "" for the module) of `module`, `old` becomes `new`."""
+
+    module: str
+    function: str
+    old: str
+    new: str
+
+    def apply(self, source: str) -> str:
+        tree = ast.parse(source)
+        place: ast.AST = tree
+        for name in filter(None, self.function.split(".")):
+            found = [
+                node
+                for node in ast.walk(place)
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                and node.name == name
+            ]
+            if len(found) != 1:
+                raise DoesNotApplyError(f"{self.module}.py has {len(found)} of {self.function}")
+            [place] = found
+        old, new = _parsed(self.old), _parsed(self.new)
+        if isinstance(old, ast.Expr) and isinstance(new, ast.Expr):
+            old, new = old.value, new.value
+        replacing = _Replacing(old, new)
+        replacing.visit(place)
+        if replacing.count != 1:
+            raise DoesNotApplyError(
+                f"{self.module}.py, {self.function}: found {replacing.count} times: {self.old}"
+            )
+        return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+def _parsed(text: str) -> ast.AST:
+    body = ast.parse(textwrap.dedent(text)).body
+    return body[0] if len(body) == 1 else ast.If(ast.Constant(True), body, [])
+
+
+class _Replacing(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self._type, self._text, self._new = type(old), ast.unparse(old), new
+        self.count = 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if type(node) is self._type and ast.unparse(node) == self._text:
+            self.count += 1
+            return self._new
+        return self.generic_visit(node)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug, as it is planted, and what pytest is told to run."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    tests: str
+
+    def plant(self, package: Path) -> None:
+        for edit in self.edits:
+            path = package / f"{edit.module}.py"
+            path.write_text(edit.apply(path.read_text()))
+
+
+CANCELLATION = "tests/test_cancellation.py"
+REQUESTS = "tests/test_cancelled_requests.py"
+BLOCKS = "tests/test_transaction_machine.py"
+POOL = "tests/test_pool_machine.py"
+
+MUTANTS = [
+    Mutant(
+        "a transaction that fails isn't rolled back",
+        (Edit("blocks", "_SafeTransaction._abandon", "self.db.rollback()", "None"),),
+        BLOCKS,
+    ),
+    Mutant(
+        "a request's transaction is committed after the response",
+        (
+            Edit("lifecycle", "", 'Depends(transaction, scope="function")', "Depends(transaction)"),
+            Edit(
+                "lifecycle",
+                "_before_response",
+                """request.transactions or any(
+                    _left_open(request, held)
+                    for held in request.leases.values() if isinstance(held, Lease)
+                )""",
+                "False",
+            ),
+        ),
+        "tests/test_transaction_dependency.py",
+    ),
+    Mutant(
+        "a second cancellation ends the wait for the thread",
+        (
+            Edit(
+                "calls",
+                "result_of",
+                "await uninterrupted(_end_of(call))",
+                "await _end_of(call)",
+            ),
+        ),
+        CANCELLATION,
+    ),
+    Mutant(
+        "the wait for the thread isn't shielded",
+        (Edit("calls", "uninterrupted", "anyio.CancelScope(shield=True)", "anyio.CancelScope()"),),
+        "tests/test_leases.py -k without_spinning",
+    ),
+    Mutant(
+        "a waiter that is cancelled as it gets its slot takes it along",
+        (
+            Edit(
+                "gate",
+                "Gate.acquire",
+                "if not self._leave(waiter):\n    self.release()",
+                "self._leave(waiter)",
+            ),
+        ),
+        "tests/test_gate.py -k cancelled",
+    ),
+    Mutant(
+        "the same, against the pool's model",
+        (
+            Edit(
+                "gate",
+                "Gate.acquire",
+                "if not self._leave(waiter):\n    self.release()",
+                "self._leave(waiter)",
+            ),
+        ),
+        POOL,
+    ),
+    Mutant(
+        "a waiter that gives up stays in the queue",
+        (Edit("gate", "Gate._leave", "self._waiters.pop(waiter, None)", "None"),),
+        POOL,
+    ),
+    Mutant(
+        "a newcomer overtakes those who wait",
+        (
+            Edit(
+                "gate",
+                "Gate.release",
+                "self._waiters.popitem(last=False)",
+                "self._waiters.popitem()",
+            ),
+        ),
+        "tests/test_gate.py",
+    ),
+    Mutant(
+        "the awaiting task releases, not the thread",
+        (
+            Edit(
+                "calls",
+                "Call.__init__.work",
+                "try:\n    result = context.run(body)\nfinally:\n    self._let_go()",
+                "result = context.run(body)",
+            ),
+            Edit("calls", "Call.give_up", "return False", "return self._let_go()"),
+            Edit(
+                "calls",
+                "result_of",
+                "return call.result()",
+                "try:\n    return call.result()\nfinally:\n    call._let_go()",
+            ),
+        ),
+        CANCELLATION,
+    ),
+    Mutant(
+        "a connection goes back while its thread runs",
+        (Edit("calls", "Call.give_up", "self.cancel()", "self.cancel() or True"),),
+        CANCELLATION,
+    ),
+    Mutant(
+        "a connection goes back with an answer on its way",
+        (Edit("backends", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),),
+        "tests/test_cancellation_databases.py -k event_loop",
+    ),
+    Mutant(
+        "a COMMIT that hasn't begun is dropped on cancellation",
+        (Edit("calls", "result_of", "certain or not call.give_up()", "not call.give_up()"),),
+        CANCELLATION,
+    ),
+    Mutant(
+        "a block that was entered as its task was cancelled is never left",
+        (
+            Edit(
+                "blocks",
+                "_Block.aenter_unbound",
+                "await leave(db, lease, partial(self._end, error) if entered else _nothing)",
+                "pass",
+            ),
+        ),
+        CANCELLATION,
+    ),
+    Mutant(
+        "after_commit runs what a savepoint has rolled back",
+        (
+            Edit(
+                "blocks",
+                "_MarkedSavepoint.rollback",
+                "del self.db._state.commit_callbacks[self._callbacks:]",
+                "pass",
+            ),
+        ),
+        BLOCKS,
+    ),
+    Mutant(
+        "async callbacks are forgotten if the task is cancelled as it commits",
+        (
+            Edit(
+                "blocks",
+                "_Block.aexit_unbound",
+                """
+                try:
+                    await leave(self.db, self._lease, partial(self._end, error))
+                finally:
+                    await run_follow_ups(self._lease)
+                """,
+                """
+                await leave(self.db, self._lease, partial(self._end, error))
+                await run_follow_ups(self._lease)
+                """,
+            ),
+        ),
+        f"{CANCELLATION} -k callbacks",
+    ),
+    Mutant(
+        "a connection isn't cleaned for its next user",
+        (
+            Edit(
+                "pool",
+                "Pool._take_back",
+                "reusable = self._opener.clean(held.conn, lease)",
+                "reusable = True",
+            ),
+        ),
+        "tests/test_leases.py -k session_is_clean",
+    ),
+    Mutant(
+        "a connection is kept though it was renewed",
+        (Edit("pool", "Pool._take_back", "held.epoch == self._epoch", "True"),),
+        POOL,
+    ),
+    Mutant(
+        "a thread and the end of its request both give a connection back",
+        (
+            Edit(
+                "blocks",
+                "LeaseContext.__exit__",
+                "lease.contexts or not self._request.drop(self.db, lease)",
+                "lease.contexts or (self._request.drop(self.db, lease) and False)",
+            ),
+        ),
+        f"{REQUESTS} -k dependency",
+    ),
+    Mutant(
+        "a block whose request is over keeps the turn",
+        (
+            Edit(
+                "blocks",
+                "_Block.__exit__",
+                """
+                if self._on is not None and not self.db._state.has(self._on):
+                    if lease is not None:
+                        lease.give_turn()
+                    if exc_type is None:
+                        raise LeaseEnded
+                    return
+                """,
+                """
+                if self._on is not None and not self.db._state.has(self._on):
+                    return
+                """,
+            ),
+        ),
+        f"{REQUESTS} -k plain",
+    ),
+    Mutant(
+        "a child process uses its parent's pool",
+        (Edit("pool", "Pool._forked", "self._start()", "None"),),
+        POOL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    mutant: Mutant
+    #: The first test that failed; None if the mutant has survived.
+    caught_by: str | None
+    seconds: float
+
+
+def run(tests: str, package: Path | None) -> tuple[int, str]:
+    """Run some tests with the package of a folder, or with ours. Returns the exit status and what
+    pytest said."""
+    environment = dict(os.environ)
+    if package is not None:
+        environment["PYTHONPATH"] = str(package.parent)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "no:randomly", f"--timeout={_TEST_TIMEOUT}", *_words(tests)]
+    try:
+        process = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_RUN_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 1, "FAILED the time limit"
+    return process.returncode, process.stdout
+
+
+def _words(tests: str) -> list[str]:
+    return [*tests.split(), "-m", "not slow", "--hypothesis-seed=0"]
+
+
+def try_out(mutant: Mutant) -> Verdict:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        package = Path(folder, "fastapi_peewee")
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        mutant.plant(package)
+        status, output = run(mutant.tests, package)
+    seconds = time.monotonic() - begun
+    if status == 0:
+        return Verdict(mutant, None, seconds)
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$", output, re.MULTILINE)
+    if status in (2, 4, 5) and failed is None:
+        raise RuntimeError(f"{mutant.name}: pytest could not run the tests:\n{output[-3000:]}")
+    return Verdict(mutant, failed[1] if failed else "a time limit or a crash", seconds)
+
+
+def verdicts(mutants: list[Mutant], jobs: int) -> Iterator[Verdict]:
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(try_out, mutant) for mutant in mutants]):
+            yield future.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
+    parser.add_argument("-k", metavar="WORDS", default="", help="those whose name has these words")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
+    options = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if options.k in mutant.name]
+
+    print("without a mutant: ", end="", flush=True)
+    for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+        status, output = run(tests, None)
+        if status:
+            print(f"{tests} fails:\n{output[-3000:]}")
+            return 2
+        print(".", end="", flush=True)
+    print(" all tests pass")
+
+    found = []
+    for number, verdict in enumerate(verdicts(mutants, options.jobs), 1):
+        outcome = "caught" if verdict.caught_by else "SURVIVED"
+        print(
+            f"{number:2}/{len(mutants)} {outcome} in {verdict.seconds:.0f} s:"
+            f" {verdict.mutant.name}",
+            flush=True,
+        )
+        found.append(verdict)
+    found.sort(key=lambda verdict: mutants.index(verdict.mutant))
+    width = max(len(mutant.name) for mutant in mutants)
+    print(f"\n{'mutant':{width}}  caught by")
+    for verdict in found:
+        print(f"{verdict.mutant.name:{width}}  {verdict.caught_by or 'NOTHING'}")
+    survivors = sum(verdict.caught_by is None for verdict in found)
+    print(f"\n{len(found) - survivors} of {len(found)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
