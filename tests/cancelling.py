@@ -44,6 +44,8 @@ class Cut:
     first: Callable[[], object] = lambda: None
 
     done: bool = field(default=False, init=False)
+    #: How often it has waited since.
+    awaits_after: int = field(default=0, init=False)
     _suspensions: int = field(default=0, init=False)
 
     async def through(self, body: Body) -> BaseException | None:
@@ -90,6 +92,7 @@ class Cut:
 
     def _suspended(self, future: Any) -> None:
         number, self._suspensions = self._suspensions, self._suspensions + 1
+        self.awaits_after += self.done
         if number == 0:
             self.first()
         if self.moment == "inside the driver":
@@ -379,6 +382,8 @@ async def cut_everywhere(
         # FastAPI's own threads live on when their task is cancelled, and nobody awaits them.
         await back_to_rest(db)
         assert (db.pool_stats.waiting, db.pool_stats.timed_out) == (0, 0), note
+        # A scope cancels at each await that isn't shielded: who waits for a thread would spin.
+        assert by != "scope" or cut.awaits_after <= 12, note
         assert await db.run(look, db) == as_new, note
         stored = await db.run(stored_names, row)
         assert stored in outcomes, note

@@ -67,6 +67,12 @@ async def nested_that_fails(db: Database, row: Any) -> None:
         await row.acreate(name="c")
 
 
+async def transaction_and_savepoint(db: Database, row: Any) -> None:
+    async with db.transaction(), db.savepoint():
+        await row.acreate(name="a")
+        await row.acreate(name="b")
+
+
 async def siblings(db: Database, row: Any) -> None:
     async with db.atomic():
         await asyncio.gather(row.acreate(name="a"), row.acreate(name="b"))
@@ -148,6 +154,7 @@ SCENARIOS = {
     "a rollback in a block": Scenario(explicit_rollback, ("", "b")),
     "nested blocks": Scenario(nested, ("", "abc")),
     "a nested block that fails": Scenario(nested_that_fails, ("", "ac")),
+    "transaction and savepoint": Scenario(transaction_and_savepoint, ("", "ab")),
     "siblings in a block": Scenario(siblings, ("", "ab")),
     "a decorated function": Scenario(decorated, ("", "ab")),
     "a read-only block": Scenario(read_only, ("",)),

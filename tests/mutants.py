@@ -131,8 +131,8 @@ MUTANTS = [
             Edit(
                 "calls",
                 "result_of",
-                "await uninterrupted(_end_of(call))",
-                "await _end_of(call)",
+                "await uninterrupted(call.end())",
+                "await call.end()",
             ),
         ),
         CANCELLATION,
@@ -140,7 +140,7 @@ MUTANTS = [
     Mutant(
         "the wait for the thread isn't shielded",
         (Edit("calls", "uninterrupted", "anyio.CancelScope(shield=True)", "anyio.CancelScope()"),),
-        "tests/test_leases.py -k without_spinning",
+        f"{CANCELLATION} -k scope",
     ),
     Mutant(
         "a waiter that is cancelled as it gets its slot takes it along",
@@ -188,9 +188,9 @@ MUTANTS = [
         (
             Edit(
                 "calls",
-                "Call.__init__.work",
-                "try:\n    result = context.run(body)\nfinally:\n    self._let_go()",
-                "result = context.run(body)",
+                "Call._work",
+                "try:\n    result = context.run(self._body)\nfinally:\n    self._let_go()",
+                "result = context.run(self._body)",
             ),
             Edit("calls", "Call.give_up", "return False", "return self._let_go()"),
             Edit(
@@ -204,12 +204,15 @@ MUTANTS = [
     ),
     Mutant(
         "a connection goes back while its thread runs",
-        (Edit("calls", "Call.give_up", "self.cancel()", "self.cancel() or True"),),
+        (Edit("calls", "Call.give_up", "self._take()", "self._take() or True"),),
         CANCELLATION,
     ),
     Mutant(
         "a connection goes back with an answer on its way",
-        (Edit("backends", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),),
+        (
+            Edit("backends", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),
+            Edit("backends", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"),
+        ),
         "tests/test_cancellation_databases.py -k event_loop",
     ),
     Mutant(
@@ -223,8 +226,8 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_Block.aenter_unbound",
-                "await leave(db, lease, partial(self._end, error) if entered else _nothing)",
-                "pass",
+                "last = _nothing if call.error else partial(self._end, error)",
+                "last = _nothing",
             ),
         ),
         CANCELLATION,

@@ -53,7 +53,14 @@ async def test_while_a_connection_is_waited_for_or_opened(
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("around", IN_A_BLOCK)
 @pytest.mark.parametrize(
-    "name", ["a transaction in one call", "nested blocks", "a nested block that fails", "iterate"]
+    "name",
+    [
+        "a transaction in one call",
+        "nested blocks",
+        "a nested block that fails",
+        "transaction and savepoint",
+        "iterate",
+    ],
 )
 async def test_inside_a_block_that_goes_on(
     db: Database, row: Any, driver: Driver, name: str, around: Around, by: str, moment: str

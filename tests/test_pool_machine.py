@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -28,7 +29,7 @@ from fastapi_peewee.pool import CHECK_AFTER, Pool
 from fastapi_peewee.state import Lease
 from tests.test_pool import Driver
 
-SIZE, MAX_WAITING, TIMEOUT, LIFETIME = 3, 3, 10.0, 40.0
+SIZE, MAX_WAITING, TIMEOUT, LIFETIME = 2, 3, 10.0, 40.0
 STEPS_AT_ONCE = 50
 
 
@@ -172,6 +173,11 @@ class PoolMachine(RuleBasedStateMachine):
             self.discard(conn)
 
     # Rules
+
+    @initialize(count=st.integers(0, SIZE + MAX_WAITING))
+    def begin_busy(self, count: int) -> None:
+        for _ in range(count):
+            self.acquire()
 
     @rule()
     def acquire(self) -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -29,6 +30,7 @@ from tests.modes import Oops
 from tests.test_pool_machine import machine_settings
 
 NAMES = tuple("abcdef")
+NAMES_OF_BLOCKS = st.sampled_from(["atomic", "transaction", "savepoint"])
 
 
 @dataclass
@@ -86,8 +88,17 @@ class Blocks(RuleBasedStateMachine):
 
     # Rules
 
-    @precondition(lambda self: len(self.levels) < 5)
-    @rule(name=st.sampled_from(["atomic", "transaction", "savepoint"]))
+    @initialize(names=st.lists(NAMES_OF_BLOCKS, max_size=4))
+    def begin_inside(self, names: list[str]) -> None:
+        for name in names:
+            self.enter(name)
+
+    @precondition(lambda self: len(self.levels) < 6)
+    @rule(names=st.lists(NAMES_OF_BLOCKS, min_size=1, max_size=3))
+    def enter_some(self, names: list[str]) -> None:
+        for name in names:
+            self.enter(name)
+
     def enter(self, name: str) -> None:
         if not self.levels:
             name = "transaction" if name == "savepoint" else name
