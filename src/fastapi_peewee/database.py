@@ -298,9 +298,9 @@ class Database(Outcomes):
         """`with db.waiting():` around what a lease's connection does."""
         return self.pool.waiting(self._state.lease())
 
-    def begin(self, *args: Any, **kwargs: Any) -> None:
+    def begin(self, *args: Any, **kwargs: Any) -> Any:
         with self.waiting():
-            super().begin(*args, **kwargs)
+            return super().begin(*args, **kwargs)
 
     def commit(self) -> None:
         try:
