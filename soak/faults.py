@@ -172,11 +172,11 @@ async def end_session(target: Target, dice: random.Random) -> None:
 
     def end() -> None:
         with closing(plain_database(target.url)) as admin:
-            if sessions := _sessions(admin):
+            if found := sessions(admin):
                 postgres = isinstance(admin, peewee.PostgresqlDatabase)
                 statement = "SELECT pg_terminate_backend(%s)" if postgres else "KILL %s"
                 with suppress(peewee.OperationalError):  # it has just gone by itself
-                    admin.execute_sql(statement, (dice.choice(sessions),))
+                    admin.execute_sql(statement, (dice.choice(found),))
 
     await asyncio.to_thread(end)
 
@@ -190,7 +190,7 @@ async def freeze(target: Target, dice: random.Random) -> None:
             assert target.server is not None
             return [target.server.pid]
         with closing(plain_database(target.url)) as admin:
-            return _sessions(admin)
+            return sessions(admin)
 
     if pids := await asyncio.to_thread(processes):
         try:
@@ -208,7 +208,8 @@ async def restart(target: Target, dice: random.Random) -> None:
     await asyncio.to_thread(target.server.start)
 
 
-def _sessions(admin: Any) -> list[int]:
+def sessions(admin: Any) -> list[int]:
+    """The others on the database that `admin` is connected to: on PostgreSQL, processes."""
     query = (
         "SELECT pid FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"

@@ -1,0 +1,233 @@
+"""Time limits on real databases: slow statements, open transactions, silence, cancellation."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing, suppress
+from typing import Any
+
+import anyio
+import peewee
+import pytest
+
+from fastapi_peewee import Database
+from fastapi_peewee.backends import MySQLDatabase, PostgresqlDatabase
+from soak.faults import sessions
+from soak.looking import plain_database
+from soak.proxy import Proxy
+from soak.servers import PostgresServer, Server, frozen
+from tests.apps import assert_unavailable, back_to_rest, client, connected, make_app, with_all_uses
+from tests.faults import nothing_left as nothing_left
+from tests.faults import own_database as own_database
+from tests.faults import own_server as own_server
+from tests.faults import wire as wire
+
+LIMIT = 0.3  # seconds
+#: Far more than any limit here, and far less than what would take its time without one.
+SOON = 10.0
+#: Seconds that a slow statement would take.
+LONG = 30
+
+
+def slow(db: Database) -> str:
+    """A statement that takes long, unless it is ended."""
+    if isinstance(db, PostgresqlDatabase):
+        return f"SELECT pg_sleep({LONG})"
+    if isinstance(db, MySQLDatabase):
+        return f"SELECT SLEEP({LONG}) FROM (SELECT 1 UNION SELECT 2) AS two"
+    return (
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000000000) "
+        "SELECT count(*) FROM n"
+    )
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    async with connected(database_url, statement_timeout=LIMIT, pool_size=1) as db:
+        yield db
+
+
+@pytest.fixture
+async def note(db: Database) -> Any:
+    class Note(db.Model):
+        text = peewee.CharField()
+
+    await db.acreate_tables([Note])
+    return Note
+
+
+async def test_a_slow_statement_is_ended_and_answered_with_503(db: Database, note: Any) -> None:
+    """A request whose statement takes longer than `statement_timeout` gets 503 with Retry-After,
+    its transaction is rolled back, and the next request is answered."""
+    app = make_app(db)
+
+    @app.post("/")
+    def write() -> int:
+        with db.atomic():
+            note.create(text="a")
+            db.execute_sql(slow(db))
+        return 1
+
+    @app.get("/")
+    def read() -> int:
+        count: int = note.select().count()
+        return count
+
+    async with client(app) as http:
+        for _ in range(2):
+            with anyio.fail_after(SOON):
+                response = await http.post("/")
+            assert response.status_code == 503
+            assert response.json()["detail"] in ("database busy", "database unavailable")
+            assert int(response.headers["retry-after"]) >= 1
+            await back_to_rest(db)
+            assert (await http.get("/")).json() == 0
+
+
+async def test_the_limit_is_for_each_statement(db: Database) -> None:
+    """A call of many statements may take longer; the limit outlives a reset of the session."""
+
+    def many() -> None:
+        deadline = time.monotonic() + 3 * LIMIT
+        while time.monotonic() < deadline:
+            db.execute_sql("SELECT 1").fetchone()
+
+    await db.run(many)
+    await db.run(lambda: db.connection() and None)  # what was done with it, nobody knows: reset
+    with anyio.fail_after(SOON), pytest.raises(peewee.DatabaseError):
+        await db.aexecute_sql(slow(db))
+
+
+async def test_a_transaction_that_stays_open_is_rolled_back(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Past `transaction_timeout` its next statement fails, nothing of it is committed, and the log
+    says why."""
+    async with connected(database_url, transaction_timeout=LIMIT, pool_size=1) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        await db.acreate_tables([Note])
+        with anyio.fail_after(SOON), pytest.raises(peewee.DatabaseError):
+            async with db.atomic():
+                await Note.acreate(text="a")
+                while "transaction_timeout" not in caplog.text:
+                    await asyncio.sleep(0.01)
+                with suppress(peewee.DatabaseError):
+                    await Note.acreate(text="b")
+        assert await db.count(Note.select()) == 0
+        async with db.atomic():
+            await Note.acreate(text="c")
+        assert await db.count(Note.select()) == 1
+
+
+@pytest.mark.parametrize("way", ["cancel", "timeout", "scope"])
+@pytest.mark.parametrize("place", ["run", "block"])
+async def test_the_statement_of_a_cancelled_task_is_ended(
+    place: str, way: str, database_url: str
+) -> None:
+    """Whoever stops waiting for a slow statement doesn't wait for its end, and leaves a connection
+    that others can use."""
+    async with connected(database_url, pool_size=1) as db:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def statement() -> None:
+            loop.call_soon_threadsafe(begun.set)
+            db.execute_sql(slow(db))
+
+        async def work() -> None:
+            if place == "run":
+                await db.run(statement)
+            else:
+                async with db.atomic():
+                    await db.run(statement)
+
+        started = time.monotonic()
+        if way == "cancel":
+            task = asyncio.create_task(work())
+            await begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif way == "timeout":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await work()
+        else:
+            with anyio.move_on_after(0.3) as scope:
+                await work()
+            assert scope.cancelled_caught
+        assert time.monotonic() - started < SOON
+        await back_to_rest(db)
+        for _ in range(5):
+            assert (await db.aexecute_sql("SELECT 1"))[0][0] == 1
+
+
+async def test_what_a_cut_client_left_behind_is_ended_by_the_server(postgres_url: str) -> None:
+    """PostgreSQL looks each second whether the client of a running statement is still there."""
+    async with connected(postgres_url, pool_size=1) as db:
+        found = await db.aexecute_sql("SHOW client_connection_check_interval")
+        assert found[0][0] == "1s"
+
+
+@pytest.fixture
+async def wired(wire: Proxy) -> AsyncIterator[Database]:
+    async with connected(wire.url, timeout=1, connect_timeout=1, statement_timeout=LIMIT) as db:
+        yield db
+        wire.cut()
+
+
+async def test_a_wire_that_swallows_everything(wired: Database, wire: Proxy) -> None:
+    """A request whose connection falls silent is 503 when its time is over."""
+    app = make_app(wired)
+    paths = with_all_uses(app, wired)
+    async with client(app) as http:
+        for path in paths:
+            with anyio.fail_after(SOON):
+                while (await http.get(path)).status_code != 200:
+                    await asyncio.sleep(0.05)
+            wire.swallowing = True
+            with anyio.fail_after(SOON):
+                response = await http.get(path)
+            assert_unavailable(response)
+            await back_to_rest(wired)
+            wire.heal()
+            wire.cut()
+
+
+async def test_a_session_that_stands_still(own_server: Server, own_database: str) -> None:
+    """A statement whose session is frozen at the server fails when its time is over."""
+    with Proxy(own_database) as wire:
+        async with connected(
+            wire.url, pool_size=2, timeout=1, connect_timeout=1, statement_timeout=LIMIT
+        ) as db:
+            assert (await db.aexecute_sql("SELECT 1"))[0][0] == 1
+            with closing(plain_database(own_database)) as admin:
+                pids = sessions(admin)
+            postgres = isinstance(own_server, PostgresServer)
+            with frozen(*(pids if postgres else [own_server.pid])), anyio.fail_after(SOON):
+                with pytest.raises(peewee.OperationalError):
+                    await db.aexecute_sql("SELECT 1")
+                await back_to_rest(db)
+
+
+async def test_a_server_that_stays_away_is_not_asked_each_time(
+    wired: Database, wire: Proxy
+) -> None:
+    """While the server is away, requests are refused at once, without an attempt for each; when it
+    is back, they are answered soon."""
+    app = make_app(wired)
+    [path, *_] = with_all_uses(app, wired)
+    wire.refusing = True
+    async with client(app) as http:
+        assert_unavailable(await http.get(path))
+        before = wired.pool_stats.opened
+        for _ in range(100):
+            assert_unavailable(await http.get(path))
+        wire.heal()
+        with anyio.fail_after(SOON):
+            while (await http.get(path)).status_code != 200:
+                await asyncio.sleep(0.01)
+        assert wired.pool_stats.opened == before + 1
