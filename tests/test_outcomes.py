@@ -1,12 +1,9 @@
 """What was done, what was not, and what nobody knows: each of them is told from the others."""
 
 import asyncio
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
 
 import peewee
 import pytest
@@ -20,7 +17,9 @@ from fastapi_peewee import (
 )
 from fastapi_peewee.handlers import kind_of
 from fastapi_peewee.outcomes import READS
+from soak.proxy import Proxy
 from tests.apps import BLOCKS, client, make_app
+from tests.apps import connected as open_database
 from tests.modes import (
     Mode,
     Note,
@@ -56,94 +55,10 @@ def lost() -> pytest.RaisesExc[Exception]:
     return pytest.raises(errors, check=for_certain)
 
 
-class Wire:
-    """A database's URL with a wire before it, to be cut.
-
-    Attributes:
-        cut_before: cut where the client sends this; the server doesn't get it.
-        cut_after: the same, when the server has answered it. The client doesn't get the answer.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.cut_before: bytes | None = None
-        self.cut_after: bytes | None = None
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._silenced: list[Any] = []
-        self._threads: list[threading.Thread] = []
-        parts = urlsplit(url)
-        options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        if parts.scheme == "postgresql":
-            folder, port = options.pop("host", None), parts.port or 5432
-            path = f"{folder}/.s.PGSQL.{port}" if folder else None
-            options["sslmode"] = options["gssencmode"] = "disable"
-        else:
-            path, port = options.pop("unix_socket", None), parts.port or 3306
-        self._server = path or (parts.hostname or "localhost", port)
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        who = parts.netloc.rpartition("@")[0] or "root"
-        address = f"{who}@127.0.0.1:{self._listening.getsockname()[1]}"
-        self.url = parts._replace(netloc=address, query=urlencode(options)).geturl()
-        self._start(self._accept)
-
-    def close(self) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join(10)
-        for pair in self._pairs:
-            for end in pair:
-                end.close()
-
-    def cut(self) -> None:
-        """Cut what is connected now."""
-        for pair in list(self._pairs):
-            self._cut(pair)
-
-    def _start(self, target: Callable[..., None], *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                if isinstance(self._server, str):
-                    server = socket.socket(socket.AF_UNIX)
-                    server.connect(self._server)
-                else:
-                    server = socket.create_connection(self._server)
-                pair = client, server
-                self._pairs.append(pair)
-                self._start(self._forward, pair, client, server)
-                self._start(self._forward, pair, server, client)
-
-    def _forward(self, pair: Any, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(2**16):
-                if target is pair[1]:
-                    if self.cut_before and self.cut_before in data:
-                        break
-                    if self.cut_after and self.cut_after in data:
-                        self._silenced.append(pair)
-                elif pair in self._silenced:
-                    break
-                target.sendall(data)
-        self._cut(pair)
-
-    @staticmethod
-    def _cut(pair: Any) -> None:
-        for end in pair:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
-def wire(database_url: str) -> Iterator[Wire]:
-    wire = Wire(database_url)
-    yield wire
-    wire.close()
+def wire(database_url: str) -> Iterator[Proxy]:
+    with Proxy(database_url) as wire:
+        yield wire
 
 
 @pytest.fixture
@@ -162,7 +77,7 @@ FAULTS = pytest.mark.parametrize("fault", ["cut_before", "cut_after"])
 @FAULTS
 @in_each_mode
 async def test_a_commit_that_was_not_answered_is_unknown(
-    mode: Mode, wire: Wire, seen: Seen, fault: str
+    mode: Mode, wire: Proxy, seen: Seen, fault: str
 ) -> None:
     """Whether it got to the server or not: the client can't tell. No callback is called."""
     called: list[int] = []
@@ -176,10 +91,24 @@ async def test_a_commit_that_was_not_answered_is_unknown(
 
 
 @SERVERS
+async def test_a_commit_that_the_watchdog_cuts_is_unknown(database_url: str, wire: Proxy) -> None:
+    """The server may have got it, though it says nothing within `statement_timeout`."""
+
+    async def block(limited: Database) -> None:
+        async with limited.atomic():
+            await limited.aexecute_sql("SELECT 1")
+            wire.swallowing = True
+
+    async with open_database(wire.url, statement_timeout=1.0) as limited:
+        with unknown():
+            await block(limited)
+
+
+@SERVERS
 @FAULTS
 @in_each_mode
 async def test_a_write_of_its_own_that_was_not_answered_is_unknown(
-    mode: Mode, wire: Wire, seen: Seen, fault: str
+    mode: Mode, wire: Proxy, seen: Seen, fault: str
 ) -> None:
     """An INSERT outside of a transaction commits itself."""
     await mode.do(User.select().count)
@@ -191,7 +120,7 @@ async def test_a_write_of_its_own_that_was_not_answered_is_unknown(
 
 @SERVERS
 @in_each_mode
-async def test_a_read_that_was_not_answered_is_a_failure(mode: Mode, wire: Wire) -> None:
+async def test_a_read_that_was_not_answered_is_a_failure(mode: Mode, wire: Proxy) -> None:
     """Nothing is unknown after a SELECT: it may be repeated."""
     wire.cut_before = b"SELECT"
     with lost():
@@ -200,7 +129,7 @@ async def test_a_read_that_was_not_answered_is_a_failure(mode: Mode, wire: Wire)
 
 @SERVERS
 @in_each_mode
-async def test_what_is_not_sent_is_not_done(mode: Mode, wire: Wire, seen: Seen) -> None:
+async def test_what_is_not_sent_is_not_done(mode: Mode, wire: Proxy, seen: Seen) -> None:
     """Where the connection was lost earlier, a write and a COMMIT fail for certain."""
     await mode.do(User.select().count)
     wire.cut()
@@ -212,7 +141,7 @@ async def test_what_is_not_sent_is_not_done(mode: Mode, wire: Wire, seen: Seen) 
 @SERVERS
 @in_each_mode
 async def test_a_commit_after_a_lost_connection_is_not_sent(
-    mode: Mode, wire: Wire, seen: Seen
+    mode: Mode, wire: Proxy, seen: Seen
 ) -> None:
     """The transaction is over for certain: `database unavailable`, not unknown."""
     with lost():
@@ -224,7 +153,7 @@ async def test_a_commit_after_a_lost_connection_is_not_sent(
 
 @SERVERS
 @in_each_mode
-async def test_a_lost_connection_ends_its_transaction(mode: Mode, wire: Wire, seen: Seen) -> None:
+async def test_a_lost_connection_ends_its_transaction(mode: Mode, wire: Proxy, seen: Seen) -> None:
     """No statement after it is carried out, nor is the block's end, whatever was caught."""
     with aborted() as failure:
         async with mode.block(mode.db.atomic()):
@@ -244,7 +173,7 @@ async def test_a_lost_connection_ends_its_transaction(mode: Mode, wire: Wire, se
 @SERVERS
 @pytest.mark.parametrize("kind", ["dependency", "retried", "block", "autocommit"])
 async def test_an_unknown_outcome_is_answered_as_such(
-    db: Database, wire: Wire, seen: Seen, kind: str
+    db: Database, wire: Proxy, seen: Seen, kind: str
 ) -> None:
     """503, said to be unknown, without Retry-After; it was tried once."""
     app = make_app(db)
@@ -276,7 +205,7 @@ async def test_an_unknown_outcome_is_answered_as_such(
 
 
 @SERVERS
-async def test_an_unknown_outcome_is_not_retried(db: Database, wire: Wire, seen: Seen) -> None:
+async def test_an_unknown_outcome_is_not_retried(db: Database, wire: Proxy, seen: Seen) -> None:
     """Neither by `db.run` nor by an `async def` function: it would be done twice."""
     tries: list[str] = []
 
@@ -302,7 +231,7 @@ async def test_an_unknown_outcome_is_not_retried(db: Database, wire: Wire, seen:
 @SERVERS
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_end_as_they_began_when_the_connection_is_lost(
-    db: Database, wire: Wire, block: str
+    db: Database, wire: Proxy, block: str
 ) -> None:
     """The error that gets out is the connection's, and the thread's next block has a new one."""
     with lost(), BLOCKS[block](db):
@@ -425,6 +354,8 @@ async def test_after_a_deadlock_mysql_carries_out_no_half_transaction(
         found.append(kind_of(error))
         with aborted():
             await User.acreate(name="half")
+        with aborted():
+            await db.run(lambda: list(db.stream("SELECT 1", (), 1)))
 
     with aborted() as failure:
         await deadlock(db, nested, caught)

@@ -22,7 +22,7 @@ import peewee
 
 from .blocks import Atomic
 from .database import Database, NotBuilt, encoded
-from .exceptions import TransactionAborted
+from .exceptions import TransactionAborted, driver_error
 from .inline import InlineReader
 from .libpq import Statements
 from .state import Lease, forbid_lazy_load, translate_driver_errors
@@ -577,7 +577,7 @@ def _cause(error: BaseException | None) -> Any:
     """The driver's error in one of Peewee's, or in the one that ended a transaction."""
     if isinstance(error, TransactionAborted):
         error = error.__cause__
-    return getattr(error, "orig", error)
+    return driver_error(error)
 
 
 def _mysql_code(error: BaseException | None) -> Any:

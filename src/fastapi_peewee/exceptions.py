@@ -2,7 +2,16 @@
 working. Nothing else of the package may be imported here.
 """
 
+from typing import Any
+
 import peewee
+
+
+def driver_error(error: BaseException | None) -> Any:
+    """The driver's error that Peewee's own keeps, or one that came through two of its wrappers."""
+    while (cause := getattr(error, "orig", None)) is not None:
+        error = cause
+    return error
 
 
 class PoolError(peewee.OperationalError):

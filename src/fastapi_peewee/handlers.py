@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from .exceptions import OutcomeUnknown, PoolError, TransactionAborted
+from .exceptions import OutcomeUnknown, PoolError, TransactionAborted, driver_error
 from .state import RequestScope
 
 #: Seconds after which a client is asked to try again.
@@ -165,7 +165,7 @@ def kind_of(error: Exception) -> Kind | None:
     if isinstance(error, TransactionAborted):
         ended_by = kind_of(error.__cause__) if isinstance(error.__cause__, Exception) else None
         return ended_by if ended_by in ("busy", "unavailable", "full") else None
-    cause = _driver_error(error)
+    cause = driver_error(error)
     if type(cause).__module__.startswith("pymysql"):
         return _MYSQL.get(cause.args[0]) if cause.args else None
     if hasattr(cause, "sqlite_errorcode"):
@@ -181,16 +181,9 @@ def kind_of(error: Exception) -> Kind | None:
     return None
 
 
-def _driver_error(error: BaseException) -> Any:
-    # Peewee's own error keeps the driver's; one that came through two of its wrappers, one of its.
-    while (cause := getattr(error, "orig", None)) is not None:
-        error = cause
-    return error
-
-
 def _fields(error: Exception, kind: str) -> Iterator[str]:
     """The names, as the API has them, of the fields that a refused value was for."""
-    cause = _driver_error(error)
+    cause = driver_error(error)
     table: str | None = getattr(error, "table", None)
     columns: list[str] = []
     if hasattr(cause, "diag"):
