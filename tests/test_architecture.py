@@ -33,6 +33,7 @@ ORDER = [
     "database",
     "libpq",
     "inline",
+    "writers",
     "backends",
     "values",
     "schemas",

@@ -25,7 +25,9 @@ from .database import Database, NotBuilt, encoded
 from .exceptions import TransactionAborted, driver_error
 from .inline import InlineReader
 from .libpq import Statements
+from .outcomes import READS
 from .state import Lease, forbid_lazy_load, translate_driver_errors
+from .writers import Returned, Writers
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
@@ -48,6 +50,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         # fails it at once (SQLITE_BUSY_SNAPSHOT). So the write lock is taken at the beginning.
         kwargs.setdefault("lock_type", "IMMEDIATE")
         self._busy_timeout = busy_timeout
+        self._writers = Writers(float(busy_timeout))
         self._inline: InlineReader | None = None
         if float(inline_reads):
             self._inline = InlineReader(self.open_connection, float(inline_reads))
@@ -92,18 +95,52 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if isinstance(lock_type, str) and lock_type.upper() in _ISOLATION_LEVELS:
             lock_type, isolation_level = None, lock_type
         _isolation(isolation_level)
-        super().begin(lock_type or ("DEFERRED" if read_only else None))
+        lock_type = lock_type or ("DEFERRED" if read_only else self._lock_type)
+        if self._state.lease() is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
+            with translate_driver_errors:
+                self._state.writing = self._writers.enter()
+        try:
+            super().begin(lock_type)
+        except BaseException:
+            self._end_writing()
+            raise
         if read_only:
             self._state.read_only = True
             self._set_query_only(1)
 
     def commit(self) -> None:
         super().commit()
+        self._end_writing()
         self._end_read_only()
 
     def rollback(self) -> None:
-        super().rollback()
+        try:
+            super().rollback()
+        finally:
+            self._end_writing()
         self._end_read_only()
+
+    def _end_writing(self) -> None:
+        gate, self._state.writing = self._state.writing, None
+        if gate is not None:
+            gate.release()
+
+    def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
+        lease = self._state.lease()
+        # The transaction's turn, a read, or a connection whose end nobody would see.
+        if lease is None or self._state.writing is not None or READS.match(sql) is not None:
+            return super()._execute_cursor(sql, params, **options)
+        conn = None if lease.root.held is None else lease.root.held.conn
+        if conn is None or conn.in_transaction:
+            return super()._execute_cursor(sql, params, **options)
+        with translate_driver_errors:
+            gate = self._writers.enter()
+        try:
+            cursor = super()._execute_cursor(sql, params, **options)
+            with translate_driver_errors:
+                return cursor if cursor.description is None else Returned(cursor)
+        finally:
+            gate.release()
 
     def _end_read_only(self) -> None:
         if getattr(self._state, "read_only", False):
@@ -185,6 +222,14 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         conn.interrupt()
 
     def clean(self, conn: Any, lease: Lease) -> bool:
+        try:
+            return self._clean(conn, lease)
+        finally:
+            gate = lease.state.get("writing")
+            if gate is not None:
+                gate.release()
+
+    def _clean(self, conn: Any, lease: Lease) -> bool:
         for cursor in lease.cursors or ():
             cursor.close()  # one that is half read keeps the connection on an old snapshot
         if conn.in_transaction:

@@ -90,6 +90,7 @@ def closed_state() -> dict[str, Any]:
         "transactions": [],
         "commit_callbacks": [],
         "aborted": None,
+        "writing": None,
     }
 
 

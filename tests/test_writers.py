@@ -1,0 +1,166 @@
+"""SQLite's writers: one at a time, in the order in which they came, none without patience."""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from contextvars import Context  # empty: a task in it isn't part of the block that starts it
+from pathlib import Path
+from typing import Any
+
+import peewee
+import pytest
+
+from fastapi_peewee import Database
+from fastapi_peewee.writers import Returned, Writers
+from tests.apps import connected
+
+
+@pytest.fixture
+async def db(tmp_path: Path) -> AsyncIterator[Database]:
+    async with connected(f"sqlite:///{tmp_path}/app.db", pool_size=5, busy_timeout=30) as db:
+        yield db
+
+
+@pytest.fixture
+async def note(db: Database) -> Any:
+    class Note(db.Model):
+        text = peewee.CharField()
+
+    await db.acreate_tables([Note])
+    return Note
+
+
+def gate(db: Any) -> Any:
+    return db._writers._gate
+
+
+async def queue(db: Database, length: int) -> None:
+    """Wait until so many wait to write."""
+    while gate(db).waiting < length:
+        await asyncio.sleep(0.001)
+
+
+async def test_writers_are_served_in_the_order_in_which_they_came(db: Database, note: Any) -> None:
+    """Whoever came first writes first: single statements and transactions in one queue."""
+    transaction = db.atomic()
+    await transaction.__aenter__()
+
+    async def in_block(text: str) -> None:
+        async with db.atomic():
+            await note.acreate(text=text)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(4):
+            write = in_block if number % 2 else lambda text: note.acreate(text=text)
+            group.create_task(write(str(number)), context=Context())
+            await queue(db, number + 1)
+        await note.acreate(text="first")
+        await transaction.__aexit__(None, None, None)
+    texts = [row.text for row in await db.list(note.select().order_by(note.id))]
+    assert texts == ["first", "0", "1", "2", "3"]
+    assert (gate(db).held, gate(db).waiting) == (0, 0)
+
+
+async def test_readers_do_not_queue(db: Database, note: Any) -> None:
+    """While somebody writes, SELECTs and read-only transactions go on."""
+    async with db.atomic():
+        await note.acreate(text="a")
+
+        async def read() -> int:
+            async with db.atomic(read_only=True):
+                count: int = await db.count(note.select())
+            return count + await db.count(note.select())
+
+        assert await asyncio.create_task(read(), context=Context()) == 0
+
+
+@pytest.mark.parametrize("end", ["error", "rollback", "refused", "cancelled"])
+async def test_the_turn_goes_on_however_a_writer_ends(db: Database, note: Any, end: str) -> None:
+    """After an error, a rollback, a refused statement or a cancellation the next one writes."""
+    if end == "error":
+        with pytest.raises(ZeroDivisionError):
+            async with db.atomic():
+                await note.acreate(text="a")
+                raise ZeroDivisionError
+    elif end == "rollback":
+        async with db.atomic() as transaction:
+            await note.acreate(text="a")
+            await transaction.arollback()
+    elif end == "refused":
+        with pytest.raises(peewee.IntegrityError):
+            await db.run(note.insert(text=None).execute)
+    else:
+        task = asyncio.create_task(_hold(db, note))
+        await asyncio.sleep(0)
+        while not gate(db).held:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert (gate(db).held, gate(db).waiting) == (0, 0)
+    await note.acreate(text="b")
+
+
+async def _hold(db: Database, note: Any) -> None:
+    async with db.atomic():
+        await note.acreate(text="a")
+        await asyncio.Event().wait()
+
+
+async def test_a_transaction_that_is_left_open_gives_its_turn_back(db: Database, note: Any) -> None:
+    """What `db.begin()` began and nobody ended is over with its lease."""
+    await db.run(lambda: (db.begin(), note.create(text="a")))
+    assert (gate(db).held, gate(db).waiting) == (0, 0)
+    assert await db.count(note.select()) == 0
+
+
+async def test_patience_has_an_end(db: Database, note: Any) -> None:
+    """Past `busy_timeout` a writer gets SQLite's own error, which is answered with 503."""
+    db._writers._patience = 0.05
+    async with db.atomic():
+        with pytest.raises(peewee.OperationalError, match="database is locked") as failure:
+            await asyncio.create_task(note.acreate(text="a"), context=Context())
+    assert db.transient(failure.value)
+
+
+async def test_rows_that_a_write_returns(db: Database, note: Any) -> None:
+    """They can be read in every way in which a cursor's rows can."""
+
+    def write() -> list[Any]:
+        sql = "INSERT INTO note (text) VALUES ('a'), ('b'), ('c'), ('d') RETURNING text"
+        cursor = db.execute_sql(sql)
+        assert isinstance(cursor, Returned)
+        found: list[Any] = [cursor.fetchone(), cursor.fetchmany(2), next(iter(cursor))]
+        found += [cursor.fetchall(), cursor.fetchone(), cursor.description[0][0]]
+        cursor.close()
+        return found
+
+    assert await db.run(write) == [("a",), [("b",), ("c",)], ("d",), [], None, "text"]
+    rows = await db.run(lambda: [r.text for r in note.insert(text="e").returning(note).execute()])
+    assert rows == ["e"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_after_a_fork_the_queue_is_empty() -> None:
+    """Who had the turn in the parent isn't in the child."""
+    writers = Writers(0.01)
+    writers.enter()
+    pid = os.fork()
+    if not pid:
+        writers.enter().release()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+async def test_many_writers_at_once(db: Database, note: Any) -> None:
+    """Of 200 writers none is refused, whatever their number and the pool's."""
+    seen: set[int] = set()
+
+    def write(number: int) -> None:
+        seen.add(threading.get_ident())
+        with db.atomic():
+            note.create(text=str(number))
+
+    await asyncio.gather(*(db.run(write, number) for number in range(200)))
+    assert await db.count(note.select()) == 200
