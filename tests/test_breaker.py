@@ -17,12 +17,14 @@ def test_while_all_is_well_everybody_may() -> None:
     assert breaker.admits()
 
 
-def test_after_a_failure_one_at_a_time_may_after_a_pause() -> None:
-    """The pauses double up to 0.4 s; while one tries, and until its pause is over, nobody may."""
+def test_after_failures_one_at_a_time_may_after_a_pause() -> None:
+    """The pauses double up to 0.4 s; while one tries, and until its pause is over, nobody may. One
+    failure is no failure yet."""
     clock = Clock()
     breaker = make(clock)
-    assert breaker.admits()
-    breaker.failed()
+    for _ in range(2):
+        assert breaker.admits()
+        breaker.failed()
     for pause in (0.05, 0.1, 0.2, 0.4, 0.4, 0.4):
         clock.now += pause - 0.001
         assert not breaker.admits()
@@ -42,6 +44,8 @@ def test_pauses_are_cut_short_by_chance() -> None:
     clock = Clock()
     breaker = make(clock, share=0.0)
     breaker.failed()
+    breaker.failed()
+    assert not breaker.admits()
     clock.now += 0.026
     assert breaker.admits()
 

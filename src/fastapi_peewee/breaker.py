@@ -4,14 +4,16 @@ import random
 import threading
 from collections.abc import Callable
 
-#: Seconds before the first new attempt, and the most there are between two.
+#: Failures in a row, with which the database counts as away: one may be a matter of chance.
+_AWAY = 2
+#: Seconds before the next attempt then, and the most there are between two.
 _FIRST, _MOST = 0.05, 0.4
 
 
 class Breaker:
     """Says who may try to connect.
 
-    While attempts succeed, everybody may. After one that failed, one at a time may, each after a
+    While attempts succeed, everybody may. After two that failed, one at a time may, each after a
     pause: 50 ms, then 100, 200 and 400, less a random part of up to a half, so that the processes
     of a service don't come back all at once. Most of the time, then, nobody waits for a database
     that is away, and it is found less than half a second after its return.
@@ -34,7 +36,7 @@ class Breaker:
     def admits(self) -> bool:
         """Whether to try now. Who is told so owes one `succeeded()` or `failed()`."""
         with self._lock:
-            if not self._failures:
+            if self._failures < _AWAY:
                 return True
             if self._trying or self._clock() < self._next:
                 return False
@@ -47,7 +49,7 @@ class Breaker:
 
     def failed(self) -> None:
         with self._lock:
-            pause = min(_MOST, _FIRST * 2.0**self._failures)
             self._failures = min(self._failures + 1, 10)
+            pause = min(_MOST, _FIRST * 2.0 ** (self._failures - _AWAY))
             self._next = self._clock() + self._uniform(pause / 2, pause)
             self._trying = False
