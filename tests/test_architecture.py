@@ -24,6 +24,7 @@ ORDER = [
     "workers",
     "breaker",
     "watchdog",
+    "leaks",
     "pool",
     "calls",
     "blocks",

@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    async with connected(database_url, pool_size=POOL, timeout=60) as db:
+    options = {"busy_timeout": 60} if database_url.startswith("sqlite") else {}
+    async with connected(database_url, pool_size=POOL, timeout=60, **options) as db:
         yield db
 
 

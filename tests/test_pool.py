@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,12 +90,22 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def pool(driver: Driver, clock: Clock) -> Pool:
-    return Pool(driver, size=2, timeout=LONG, max_waiting=1, max_lifetime=60, clock=clock)
+def pool(driver: Driver, clock: Clock) -> Iterator[Pool]:
+    pool = Pool(driver, size=2, timeout=LONG, max_waiting=1, max_lifetime=60, clock=clock)
+    yield pool
+    while taken:
+        lease = taken.pop()
+        if not lease.ended:
+            pool.give_back(lease)
+
+
+#: The leases of a test; those that it doesn't give back itself go back in the end.
+taken: list[Lease] = []
 
 
 def take(pool: Pool) -> Lease:
     lease = pool.acquire_blocking()
+    taken.append(lease)
     try:
         pool.connect(lease)
     except BaseException:

@@ -676,6 +676,7 @@ def connect(
     max_lifetime: float = 3600.0,
     statement_timeout: float | None = None,
     transaction_timeout: float | None = None,
+    leak_detection_threshold: float | None = None,
     **options: Any,
 ) -> "Database":
     """Make a database from a URL. Nothing is opened before the first use.
@@ -700,6 +701,8 @@ def connect(
             otherwise its connection is cut.
         transaction_timeout: seconds that a transaction of a request or task may be open, then its
             connection is cut; None for any time.
+        leak_detection_threshold: seconds after which a connection that is still held is logged as
+            a warning, with the stack that took it; None for never.
         options: for Peewee's database class and, through it, the driver: `pragmas`,
             `busy_timeout` and `inline_reads` (SQLite; seconds), `connect_timeout` (PostgreSQL,
             MySQL; seconds), …
@@ -737,5 +740,6 @@ def connect(
         "max_lifetime": max_lifetime,
         "statement_timeout": statement_timeout,
         "transaction_timeout": transaction_timeout,
+        "leak_detection_threshold": leak_detection_threshold,
     }
     return database_class(**{**settings, **parameters, **options})

@@ -75,6 +75,7 @@ class Database(Outcomes):
         max_lifetime: float = 3600.0,
         statement_timeout: float | None = None,
         transaction_timeout: float | None = None,
+        leak_detection_threshold: float | None = None,
         **kwargs: Any,
     ) -> None:
         # `thread_safe=False` keeps Peewee from making the one lock that it holds through every
@@ -91,6 +92,7 @@ class Database(Outcomes):
             max_lifetime=max_lifetime,
             statement_timeout=statement_timeout,
             transaction_timeout=transaction_timeout,
+            leak_detection_threshold=leak_detection_threshold,
         )
 
     def init(self, database: str, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ import peewee
 from .breaker import Breaker
 from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
+from .leaks import Watch
 from .state import Lease
 from .watchdog import Waiting, Watchdog
 from .workers import Workers
@@ -117,6 +119,7 @@ class Pool:
         max_lifetime: seconds after which a connection is replaced when it comes back.
         statement_timeout: seconds that a statement may take; None for any time.
         transaction_timeout: seconds that a transaction may be open; None for any time.
+        leak_detection_threshold: seconds after which a lease that is still out is logged.
         clock: monotonic seconds.
     """
 
@@ -130,6 +133,7 @@ class Pool:
         max_lifetime: float,
         statement_timeout: float | None = None,
         transaction_timeout: float | None = None,
+        leak_detection_threshold: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if size < 1:
@@ -149,6 +153,7 @@ class Pool:
         self.max_waiting = max_waiting
         self.max_lifetime = max_lifetime
         self.statement_timeout = statement_timeout
+        self.leak_detection_threshold = leak_detection_threshold
         self._opener = opener
         self._clock = clock
         self._watchdog: Watchdog | None = None
@@ -167,6 +172,8 @@ class Pool:
         self._doubted_at = -math.inf
         self._idle: list[_Held] = []
         self._workers: Workers | None = None
+        limit = self.leak_detection_threshold
+        self._watch = None if limit is None else Watch(limit)
 
     @property
     def stats(self) -> PoolStats:
@@ -231,7 +238,11 @@ class Pool:
                 "slow endpoints, waiting for something else inside `db.atomic()`), or "
                 "`pool_size` is too small."
             )
-        return Lease(slot=gate)
+        lease = Lease(slot=gate)
+        lease.dropped = self._drop
+        if self._watch is not None:
+            self._watch.begin(lease)
+        return lease
 
     def connect_at_once(self, lease: Lease) -> bool:
         """Give the lease a connection that was in use just now. Returns False if there is none.
@@ -341,6 +352,8 @@ class Pool:
         Call it once, where no thread uses the connection any more. It may block.
         """
         lease.ended = True
+        if self._watch is not None:
+            self._watch.end(lease)
         try:
             if lease.foreign:
                 _inherited.append(lease.held)
@@ -350,6 +363,22 @@ class Pool:
             lease.held, lease.state = None, {}
             lease.slot.release()
             lease.turn.release()  # those who wait for it learn that it has ended
+
+    def _drop(self, lease: Lease) -> None:
+        """Give back a lease that was collected before anybody did."""
+        taken = "" if self._watch is None else self._watch.end(lease)
+        self.give_back(lease)
+        told = (
+            f"It was taken here:\n{taken}"
+            if taken
+            else "To hear where it was taken: `connect(…, leak_detection_threshold=seconds)`."
+        )
+        warnings.warn(
+            "A database connection was dropped without being given back: a block was entered, or "
+            f"a lease acquired, and nobody left it. {told}",
+            ResourceWarning,
+            stacklevel=1,
+        )
 
     def _take_back(self, held: _Held, lease: Lease) -> None:
         reusable = False

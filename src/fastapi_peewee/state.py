@@ -8,9 +8,10 @@ import os
 import threading
 import warnings
 import weakref
+from _thread import start_new_thread
 from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from inspect import CO_GENERATOR
 from sys import _getframe
@@ -118,12 +119,15 @@ class Lease:
             None where there is none.
         closing: its block is being left; the one whose turn it is finishes, newcomers are refused.
         ended: given back; whoever still comes with it gets an error.
+        dropped: called with it, in a thread, if it is collected and hasn't ended.
     """
 
     __slots__ = (
+        "__weakref__",
         "closing",
         "contexts",
         "cursors",
+        "dropped",
         "ended",
         "follow_ups",
         "generation",
@@ -146,6 +150,7 @@ class Lease:
         self.turn = Gate(1, free=0)  # whoever makes the lease has the first turn
         self.owner: int | None = None
         self.closing = self.ended = False
+        self.dropped: Callable[[Lease], None] = _drop_block
         self.generation = _generation
         if parent is not None:
             self.root, self.state = parent.root, parent.state
@@ -162,6 +167,13 @@ class Lease:
         self.cursors: weakref.WeakSet[Any] | None = None
         self.server_cursors: list[Any] = []
         self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
+
+    def __del__(self) -> None:
+        # The collector comes in any thread, under any lock, of the gate's or of `threading`'s. So
+        # what is to be done is done elsewhere, in a thread that is started without a lock.
+        if not self.ended and not self.foreign:
+            with suppress(RuntimeError):  # the interpreter ends
+                start_new_thread(self.dropped, (self,))
 
     @property
     def foreign(self) -> bool:
@@ -200,6 +212,16 @@ class Lease:
     def give_turn(self) -> None:
         self.owner = None
         self.turn.release()
+
+
+def _drop_block(lease: Lease) -> None:
+    """End a nested block that nobody will leave, so that the one around it can end."""
+    lease.ended = True
+    if lease.parent is not None:
+        lease.parent.give_turn()
+    warnings.warn(
+        "A nested block was entered and dropped without being left.", ResourceWarning, stacklevel=1
+    )
 
 
 class RequestScope:

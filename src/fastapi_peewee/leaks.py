@@ -1,0 +1,117 @@
+"""Connections that are held too long, and where they were taken. Knows nothing of databases."""
+
+import logging
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from os.path import dirname
+from types import FrameType
+from typing import NamedTuple
+
+from .state import Lease
+
+logger = logging.getLogger("fastapi_peewee")
+
+#: How many frames of a stack are kept: those nearest to the call.
+_MOST = 50
+
+_OURS = dirname(__file__)
+
+_Stack = list[tuple[str, int, str]]
+
+
+class _Taken(NamedTuple):
+    lease: "weakref.ref[Lease]"
+    at: float
+    stack: _Stack
+
+
+class Watch:
+    """Logs a lease, once, that is out for longer than `limit` seconds.
+
+    A thread looks four times in that while. It ends when no lease is out, and is started again by
+    the next one: so taking a lease costs no more than a walk over its stack.
+
+    Args:
+        limit: seconds.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        if not limit > 0:
+            raise ValueError(
+                f"leak_detection_threshold must be a number of seconds above 0, got: {limit!r}"
+            )
+        self.limit = limit
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._is_running = False
+        self._out: dict[int, _Taken] = {}
+        self._told: set[int] = set()
+
+    def begin(self, lease: Lease) -> None:
+        self._out[id(lease)] = _Taken(weakref.ref(lease), self._clock(), _stack())
+        if not self._is_running:
+            with self._lock:
+                if not self._is_running:
+                    self._is_running = True
+                    threading.Thread(
+                        target=self._run, name="fastapi-peewee-leaks", daemon=True
+                    ).start()
+
+    def end(self, lease: Lease) -> str:
+        """Returns the stack that took it."""
+        taken = self._out.pop(id(lease), None)
+        self._told.discard(id(lease))
+        return "" if taken is None else _text(taken.stack)
+
+    def look(self) -> None:
+        """Log those that are out for too long, and haven't been logged."""
+        oldest = self._clock() - self.limit
+        for key, taken in list(self._out.items()):
+            lease = taken.lease()
+            if taken.at > oldest or key in self._told or lease is None:
+                continue
+            self._told.add(key)
+            frame = sys._current_frames().get(lease.owner or 0)
+            now = f"In use just now, here:\n{_text(_stack(frame))}" if frame is not None else ""
+            logger.warning(
+                "A database connection is held for more than %g s. It was taken here:\n%s%s",
+                self.limit,
+                _text(taken.stack),
+                now,
+            )
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self.limit / 4)
+            self.look()
+            with self._lock:
+                self._is_running = False
+                # Who has put one in before this looks, may have seen that it runs.
+                if not self._out:
+                    return
+                self._is_running = True
+
+
+def _stack(frame: FrameType | None = None) -> _Stack:
+    """What `traceback` would make of the frames, for a fraction of its price."""
+    frame = frame or sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    found: _Stack = []
+    next_frame: FrameType | None = frame
+    while next_frame is not None and len(found) < _MOST:
+        code = next_frame.f_code
+        found.append((code.co_filename, next_frame.f_lineno, code.co_name))
+        next_frame = next_frame.f_back
+    return found
+
+
+def _text(stack: _Stack) -> str:
+    return "".join(
+        traceback.StackSummary.from_list([(*each, None) for each in reversed(stack)]).format()
+    )
