@@ -8,7 +8,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from os.path import dirname
-from types import FrameType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 from .state import Lease
@@ -20,7 +20,8 @@ _MOST = 50
 
 _OURS = dirname(__file__)
 
-_Stack = list[tuple[str, int, str]]
+#: Of each frame, the innermost first: its code and where in it. Lines are for who reads them.
+_Stack = list[tuple[CodeType, int]]
 
 
 class _Taken(NamedTuple):
@@ -62,11 +63,13 @@ class Watch:
                         target=self._run, name="fastapi-peewee-leaks", daemon=True
                     ).start()
 
-    def end(self, lease: Lease) -> str:
-        """Returns the stack that took it."""
-        taken = self._out.pop(id(lease), None)
+    def end(self, lease: Lease) -> None:
+        self._out.pop(id(lease), None)
         self._told.discard(id(lease))
-        return "" if taken is None else _text(taken.stack)
+
+    def taken(self, lease: Lease) -> str:
+        """The stack that took it, as text."""
+        return _text(self._out[id(lease)].stack)
 
     def look(self) -> None:
         """Log those that are out for too long, and haven't been logged."""
@@ -105,13 +108,16 @@ def _stack(frame: FrameType | None = None) -> _Stack:
     found: _Stack = []
     next_frame: FrameType | None = frame
     while next_frame is not None and len(found) < _MOST:
-        code = next_frame.f_code
-        found.append((code.co_filename, next_frame.f_lineno, code.co_name))
+        found.append((next_frame.f_code, next_frame.f_lasti))
         next_frame = next_frame.f_back
     return found
 
 
 def _text(stack: _Stack) -> str:
-    return "".join(
-        traceback.StackSummary.from_list([(*each, None) for each in reversed(stack)]).format()
-    )
+    frames = [(code.co_filename, _line(code, at), code.co_name, None) for code, at in stack]
+    return "".join(traceback.StackSummary.from_list(frames[::-1]).format())
+
+
+def _line(code: CodeType, at: int) -> int:
+    lines = (line for start, end, line in code.co_lines() if start <= at < end)
+    return next(lines, None) or code.co_firstlineno

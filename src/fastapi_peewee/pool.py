@@ -366,16 +366,14 @@ class Pool:
 
     def _drop(self, lease: Lease) -> None:
         """Give back a lease that was collected before anybody did."""
-        taken = "" if self._watch is None else self._watch.end(lease)
+        if self._watch is None:
+            where = "To hear where it was taken: `connect(…, leak_detection_threshold=seconds)`."
+        else:
+            where = f"It was taken here:\n{self._watch.taken(lease)}"
         self.give_back(lease)
-        told = (
-            f"It was taken here:\n{taken}"
-            if taken
-            else "To hear where it was taken: `connect(…, leak_detection_threshold=seconds)`."
-        )
         warnings.warn(
             "A database connection was dropped without being given back: a block was entered, or "
-            f"a lease acquired, and nobody left it. {told}",
+            f"a lease acquired, and nobody left it. {where}",
             ResourceWarning,
             stacklevel=1,
         )
