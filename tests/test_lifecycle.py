@@ -23,6 +23,31 @@ from fastapi_peewee import (
 )
 from tests.apps import client, connected, make_app
 
+
+async def test_tasks_of_a_request_that_hold_its_connection_at_once_hold_one(
+    database_url: str,
+) -> None:
+    """`get_db` in two tasks at a time takes one connection for the request, and it goes back."""
+    async with connected(database_url, pool_size=2) as db:
+        app, extension = FastAPI(), Peewee(db)
+        extension.init_app(app)
+
+        @app.get("/")
+        async def read() -> int:
+            await asyncio.gather(*(extension.get_db() for _ in range(3)))
+            return db.pool_stats.in_use
+
+        taken = [await db.pool.acquire(), await db.pool.acquire()]
+        async with client(app) as http:
+            asked = asyncio.create_task(http.get("/"))
+            while db.pool_stats.waiting < 3:
+                await asyncio.sleep(0)
+            for lease in taken:
+                db.pool.give_back(lease)
+            assert (await asked).json() == 1
+        assert db.pool_stats.in_use == 0
+
+
 # Startup and shutdown.
 
 

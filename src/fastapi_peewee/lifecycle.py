@@ -269,8 +269,12 @@ async def _hold(request: RequestScope, db: Any) -> Any:
             await run_in_threadpool(db.connect)
     elif db._state.lease() is None:  # there may be one already: a transaction dependency's, say
         lease = await db.pool.acquire()
-        request.hold(db, lease)
-        lease.turn.release()
+        with sharing:
+            held = request.hold(db, lease)
+        if held is lease:
+            lease.turn.release()
+        else:  # another task of this request was faster
+            db.pool.give_back(lease)
     return db
 
 
