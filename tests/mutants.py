@@ -331,7 +331,7 @@ class Verdict:
     seconds: float
 
 
-def run(tests: str, package: Path | None) -> tuple[int, str]:
+def run(tests: str, package: Path | None = None) -> tuple[int, str]:
     """Run some tests with the package of a folder, or with ours. Returns the exit status and what
     pytest said."""
     environment = dict(os.environ)
@@ -389,12 +389,13 @@ def main() -> int:
     mutants = [mutant for mutant in MUTANTS if options.k in mutant.name]
 
     print("without a mutant: ", end="", flush=True)
-    for tests in dict.fromkeys(mutant.tests for mutant in mutants):
-        status, output = run(tests, None)
-        if status:
-            print(f"{tests} fails:\n{output[-3000:]}")
-            return 2
-        print(".", end="", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        every = list(dict.fromkeys(mutant.tests for mutant in mutants))
+        for tests, (status, output) in zip(every, pool.map(run, every), strict=True):
+            if status:
+                print(f"{tests} fails:\n{output[-3000:]}")
+                return 2
+            print(".", end="", flush=True)
     print(" all tests pass")
 
     found = []
