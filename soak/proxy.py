@@ -36,6 +36,7 @@ class Proxy:
         cut_answer_at: forward so many bytes more from the server, to whomever, and cut the
             connection in the middle of them; None for never.
         resets: cut with an RST instead of a FIN.
+        tried: connections that clients have asked for until now.
         cuts: connections cut until now.
     """
 
@@ -47,7 +48,7 @@ class Proxy:
         self.cut_before: bytes | None = None
         self.cut_after: bytes | None = None
         self.cut_answer_at: int | None = None
-        self.cuts = 0
+        self.tried = self.cuts = 0
         self._open: dict[asyncio.StreamWriter, asyncio.StreamWriter] = {}  # client: server
         self._silenced: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         parts = urlsplit(url)
@@ -129,6 +130,7 @@ class Proxy:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        self.tried += 1
         if self.refusing:
             client.transport.abort()
             return
