@@ -14,6 +14,10 @@ from typing import Any
 #: How many statements a connection knows at most; each takes memory of the server's.
 _MOST = 300
 
+#: Seconds after which a socket is looked at though the event loop said nothing: uvloop forgets one
+#: with an error (POLLERR), as that of a server that was killed, without calling anybody.
+_LOOK_EVERY = 0.1
+
 
 class _Unusual(Exception):
     """A parameter that psycopg has to adapt."""
@@ -113,6 +117,7 @@ class Statements:
         results = []
         socket = pgconn.socket
         watched = True
+        timer: asyncio.TimerHandle
 
         def unwatch() -> None:
             # At once: libpq closes the socket of a lost connection, and then its number may be that
@@ -128,20 +133,28 @@ class Statements:
                 while not pgconn.is_busy():
                     result = pgconn.get_result()
                     if result is None:
-                        unwatch()
                         _settle(answered)
+                        unwatch()
                         return
                     results.append(result)
             except Exception as error:
-                unwatch()
                 _settle(answered, error)
+                unwatch()
 
-        loop.add_reader(socket, read)
+        def look() -> None:
+            nonlocal timer
+            read()
+            if not answered.done():
+                timer = loop.call_later(_LOOK_EVERY, look)
+
+        timer = loop.call_later(_LOOK_EVERY, look)
         try:
+            loop.add_reader(socket, read)
             getattr(pgconn, method)(*arguments)
             pgconn.flush()
             await answered
         finally:
+            timer.cancel()
             unwatch()
         return results[-1]
 
