@@ -13,6 +13,8 @@ import ipaddress
 import json
 import math
 import struct
+import sys
+import types
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,9 +30,13 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticSerializationError
 
-from fastapi_peewee import connect
+from fastapi_peewee import connect, depth
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, RowPlan, Texts, plan
+
+#: Where classes of Pydantic's that name each other find each other.
+MADE = types.ModuleType("tests.fidelity_made")
+sys.modules[MADE.__name__] = MADE
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -761,11 +767,16 @@ class DrawnFamily(Family):
 
 @dataclass
 class Spec:
-    """What the test knows of a schema that it made."""
+    """What the test knows of a schema that it made.
+
+    Attributes:
+        relations: each with the schema of its rows, the query that chooses them, and the depth that
+            is stated: with one, the schema may be one of those around this one, or this one.
+    """
 
     model: str
     type: Any
-    relations: list[tuple[Link, "Spec", Any]] = field(default_factory=list)
+    relations: list[tuple[Link, "Spec", Any, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -800,6 +811,10 @@ class Maker:
             self.used[place] = self._values(*place)
         self.strange = family.dialect == "sqlite" and self.rarely(STRANGE_ROWS)
         self._classes = 0
+        self._around: list[tuple[str, Spec]] = []
+        self._circles = 0
+        for made in _made():
+            delattr(MADE, made.__name__)
 
     def values(self, name: str) -> dict[str, Any]:
         """A row's values in the columns that are used."""
@@ -838,10 +853,12 @@ class Maker:
 
     # Schemas.
 
-    def schema(self, model: str, depth: int, count: bool = False) -> Spec:
+    def schema(self, model: str, levels: int, count: bool = False) -> Spec:
         peewee_model = self.family.models[model]
         self._classes += 1
+        class_name = f"{peewee_model.__name__}Out{self._classes}"
         spec = Spec(model, None)
+        self._around.append((class_name, spec))
         fields: dict[str, Any] = {}
         names = [name for name in peewee_model._meta.fields if self.family.kind(model, name)]
         chosen = self.draw(st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True))
@@ -869,21 +886,29 @@ class Maker:
             fields["lazy"] = (str | None, Field())
         if count:
             fields["total"] = (self.pick([int, int, int, float, Any, int | None]), Field())
-        if depth and self.family.links[model]:
+        if levels and self.family.links[model]:
             links = self.family.links[model]
             some = st.lists(st.sampled_from(links), max_size=2, unique_by=lambda link: link.name)
             for link in self.draw(some):
-                self._relation(spec, fields, link, depth, mode)
+                self._relation(spec, fields, link, levels, mode)
+        if self._circles < 2 and self.rarely(12):
+            self._circle(spec, fields, mode)
         extra = self._extras(fields, config) if self.rarely(15) else {}
         items = list(fields.items())
         if self.rarely(20):
             items.reverse()
         spec.type = pydantic.create_model(
-            f"{peewee_model.__name__}Out{self._classes}",
+            class_name,
             __config__=ConfigDict(**config),  # type: ignore[typeddict-item]
             __validators__=extra,
+            __module__=MADE.__name__,
             **dict(items),
         )
+        setattr(MADE, class_name, spec.type)
+        self._around.pop()
+        if not self._around and self._circles:
+            for made in _made():
+                made.model_rebuild()
         return spec
 
     def _column(self, fields: dict[str, Any], model: str, name: str, mode: str) -> None:
@@ -921,13 +946,15 @@ class Maker:
         return Field()
 
     def _relation(
-        self, spec: Spec, fields: dict[str, Any], link: Link, depth: int, mode: str
+        self, spec: Spec, fields: dict[str, Any], link: Link, levels: int, mode: str
     ) -> None:
-        below = self.schema(link.other, depth - 1)
+        below = self.schema(link.other, levels - 1)
         query = None
         type_: Any = below.type
         if link.many:
             type_ = list[below.type]
+            if self.rarely(5):
+                type_ = type_ | None
             if self.rarely(35):
                 query = self._relation_query(link)
                 type_ = Annotated[type_, query]
@@ -937,7 +964,30 @@ class Maker:
             type_,
             self._info(link.name, mode),
         )
-        spec.relations.append((link, below, query))
+        spec.relations.append((link, below, query, None))
+
+    def _circle(self, spec: Spec, fields: dict[str, Any], mode: str) -> None:
+        """A relation to rows of this class, or of one around it, to a stated depth."""
+        taken = {link.name for link, *_ in spec.relations}
+        ways = [
+            (link, name, above)
+            for link in self.family.links[spec.model]
+            for name, above in self._around
+            if link.other == above.model and link.name not in taken
+        ]
+        if not ways:
+            return
+        link, name, above = self.pick(ways)
+        stated = depth(1 if self._circles else self.pick([1, 1, 2, 2, 3]))  # they multiply
+        self._circles += 1
+        query = self._relation_query(link) if link.many and self.rarely(35) else None
+        type_: Any = f"list[{name}]" if link.many else f"{name} | None"
+        type_ = Annotated[type_, query, stated] if query is not None else Annotated[type_, stated]
+        fields[link.name if mode != "validation" else f"{link.name}_"] = (
+            type_,
+            self._info(link.name, mode),
+        )
+        spec.relations.append((link, above, query, stated))
 
     def _relation_query(self, link: Link) -> Any:
         model = self.family.models[link.other]
@@ -1156,7 +1206,7 @@ class Maker:
             query = full = query.join(cte, on=(key == cte.c.k)).with_cte(cte)
         elif shape == "related":
             # A list that it loads is in its order, not in that of a schema.
-            asked = {link.name for link, _, _ in spec.relations if link.many}
+            asked = {link.name for link, *_ in spec.relations if link.many}
             links = self.family.links[name]
             rows = [each for each in links if each.through is None and each.name not in asked]
             if rows:
@@ -1190,6 +1240,10 @@ class Maker:
             kind = "objects"
         query = getattr(query, kind)()
         return query, query, ordered
+
+
+def _made() -> list[Any]:
+    return [each for name, each in vars(MADE).items() if not name.startswith("__")]
 
 
 def _key_type(key: Any) -> Any:
@@ -1233,12 +1287,16 @@ class Loaded:
         return getattr(self._instance, name)
 
 
-def loaded(family: Family, spec: Spec, instance: Any) -> Any:
-    """The instance, and one query for each of its relations."""
+def loaded(family: Family, spec: Spec, instance: Any, above: tuple[Any, ...] = ()) -> Any:
+    """The instance, and one query for each of its relations; `above` are the depths on the way."""
     found: dict[str, Any] = {}
     model = family.models[spec.model]
-    for link, below, query in spec.relations:
+    for link, below, query, stated in spec.relations:
         other = family.models[link.other]
+        if stated is not None and above.count(stated) == stated.levels:
+            found[link.name] = [] if link.many else None
+            continue
+        way = (*above, stated)
         if not link.many:
             fk = model._meta.fields[link.fk]
             value = instance.__data__.get(link.fk)
@@ -1246,7 +1304,7 @@ def loaded(family: Family, spec: Spec, instance: Any) -> Any:
                 row = instance.__rel__[link.fk]
             else:
                 row = None if value is None else other.get_or_none(fk.rel_field == value)
-            found[link.name] = row if row is None else loaded(family, below, row)
+            found[link.name] = row if row is None else loaded(family, below, row, way)
             continue
         rows = other.select() if query is None else query
         missing = query is not None and not query._is_default
@@ -1269,7 +1327,7 @@ def loaded(family: Family, spec: Spec, instance: Any) -> Any:
             rows = rows.order_by(*[getattr(source, key.name) for key in _keys(other)])
         if missing:
             rows = rows.select(*[getattr(source, name) for name in other._meta.fields])
-        found[link.name] = [loaded(family, below, row) for row in rows]
+        found[link.name] = [loaded(family, below, row, way) for row in rows]
     return Loaded(instance, found) if found else instance
 
 

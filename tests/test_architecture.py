@@ -39,6 +39,7 @@ ORDER = [
     "values",
     "schemas",
     "trees",
+    "response_types",
     "columns",
     "json_sql",
     "reading",
@@ -51,7 +52,7 @@ ORDER = [
     "__init__",
 ]
 KNOW_FASTAPI = {"handlers", "responses", "routing", "lifecycle"}
-KNOW_PYDANTIC = KNOW_FASTAPI | {"schemas", "trees", "values"}
+KNOW_PYDANTIC = KNOW_FASTAPI | {"response_types", "schemas", "values"}
 
 
 class Import(NamedTuple):

@@ -34,7 +34,7 @@ from fastapi_peewee import (
     schema,
 )
 from fastapi_peewee.plans import Texts, plan
-from fastapi_peewee.trees import Response
+from fastapi_peewee.response_types import Response
 from tests.apps import client, make_app
 from tests.apps import db as db
 

@@ -28,6 +28,7 @@ from .routing import PeeweeRoute, without_lease
 from .schemas import create_schema, patch_schema, schema
 from .shapes import param
 from .state import PeeweeConnectionState
+from .trees import depth
 from .verbs import AsyncModel, AsyncModelMixin
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "TurnTimeout",
     "connect",
     "create_schema",
+    "depth",
     "explain",
     "get_db",
     "param",

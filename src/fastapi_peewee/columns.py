@@ -47,8 +47,7 @@ class Narrowed:
         kept = [node for node in selected if not isinstance(node, peewee.Field | FieldAlias)]
         only_fields = not kept
         self.nodes, places = [], {}
-        for part in tree.fields:
-            field = part.link if isinstance(part, Relation) else part.field
+        for part, field in tree.columns:
             if field is None:
                 others.append(part)
                 continue
@@ -84,8 +83,7 @@ class Narrowed:
             raise Unplannable("it selects columns without names or with equal ones")
         self.names = names
         model = query.model
-        for part in tree.fields:
-            field = part.link if isinstance(part, Relation) else part.field
+        for part, field in tree.columns:
             if field is None:
                 place = next((i for i, name in enumerate(names) if name == part.key), None)
             else:
@@ -107,7 +105,7 @@ def check(query: Any, tree: Tree) -> None:
     base = query
     while isinstance(base, CompoundSelectQuery):
         base = base.lhs
-    relations = {relation.key: relation for relation in tree.relations}
+    relations = {relation.key: relation for relation in (*tree.relations, *tree.ends)}
     leaves = {leaf.key for leaf in tree.leaves if leaf.field is not None}
     for source, joins in getattr(base, "_joins", {}).items():
         for dest, attr, *_ in joins:
@@ -142,8 +140,7 @@ def completed(query: Any, tree: Tree) -> Any:
     selected = list(query._returning)
     if not all(isinstance(node, peewee.Field | FieldAlias) for node in selected):
         return query
-    fields = (part.link if isinstance(part, Relation) else part.field for part in tree.fields)
-    wanted = [getattr(query.model, field.name) for field in fields if field is not None]
+    wanted = [getattr(query.model, field.name) for _, field in tree.columns if field is not None]
     missing = [node for node in wanted if not _among(node, selected)]
     return query.select_extend(*missing) if missing else query
 

@@ -159,5 +159,6 @@ class LazyLoad(peewee.InterfaceError):
         super().__init__(
             f"{what} was read from the database while the response of {endpoint} was validated: "
             "one query for each row. Name the relation in the response model, so that it is loaded "
-            "for all rows at once, or load it in the endpoint, with `with_related()` or a join."
+            "for all rows at once (a class that contains itself needs a `depth()`), or load it in "
+            "the endpoint, with `with_related()` or a join."
         )

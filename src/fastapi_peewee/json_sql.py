@@ -7,11 +7,13 @@ instead. A test compares both ways over random models, schemas and rows.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import peewee
 
 from .columns import Narrowed, Unplannable, check, expressions
+from .state import translate_driver_errors
 from .trees import Leaf, Relation, Tree
 
 
@@ -197,6 +199,10 @@ MYSQL = _table(
     ((peewee.JSONField, "playhouse.mysql_ext.MySQLJSONField"), "any", "JSON_EXTRACT({v},'$')"),
 )
 
+#: Levels of rows in rows that every database's parser has room for. SQLite's ends at 7 or so, in
+#: its older releases, and MariaDB's at 63.
+_SURELY_PARSED = 3
+
 _FORMATTED = (peewee.DateField, peewee.DateTimeField, peewee.TimeField)
 
 
@@ -218,6 +224,7 @@ class JsonSql:
     leaves: dict[tuple[str, str], str]
     most_pairs = 1000
     longest_key = 1000
+    no_rows: str
 
     def __init__(self, db: Any, by_alias: bool) -> None:
         self.db = db
@@ -257,6 +264,9 @@ class JsonSql:
             key = part.alias if self.by_alias else part.name
             if not key or len(key.encode()) > self.longest_key or "\0" in key or "\\" in key:
                 raise NoJson(f"{key!r} is too long or too odd a name")
+            if isinstance(part, Relation) and part.ended:
+                yield key, [self.no_rows if part.many else "NULL"]
+                continue
             value = column(narrowed.place(part))
             if isinstance(part, Relation):
                 yield key, [self.child(part, value)]
@@ -324,7 +334,20 @@ class _Wrapping(JsonSql):
     aggregate: str
 
     def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
-        return f"SELECT {self._object(tree, narrowed, _SOURCE)} FROM (", f") {_SOURCE}"
+        before, after = f"SELECT {self._object(tree, narrowed, _SOURCE)} FROM (", f") {_SOURCE}"
+        if tree.levels > _SURELY_PARSED:
+            self._try(before, narrowed, after)
+        return before, after
+
+    def _try(self, before: str, narrowed: Narrowed, after: str) -> None:
+        """Have it parsed, around another query: the caller's may lack its values."""
+        columns = ", ".join(f"NULL AS {self._quote(name)}" for name in narrowed.names)
+        try:
+            with translate_driver_errors, closing(self.db.cursor()) as cursor:
+                cursor.execute(f"EXPLAIN {before}SELECT {columns}{after}", self.params)
+                cursor.fetchall()
+        except peewee.DatabaseError as error:
+            raise NoJson(f"the database can't parse a statement so deep: {error}") from error
 
     def child(self, relation: Relation, link: Part) -> Part:
         narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
@@ -360,6 +383,7 @@ class SqliteJson(_Wrapping):
     function = "json_object"
     aggregate = "json_group_array({})"
     most_pairs = 60  # a function has at most 127 arguments
+    no_rows = "json_array()"
 
     def _literal(self, text: str) -> str:
         return text
@@ -368,6 +392,7 @@ class SqliteJson(_Wrapping):
 class PostgresqlJson(_Wrapping):
     leaves = POSTGRESQL
     longest_key = 63  # longer names are cut, silently
+    no_rows = "'[]'::json"
 
     def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
         values = self._values(tree, narrowed, _SOURCE)
@@ -394,6 +419,7 @@ class MysqlJson(_Wrapping):
     leaves = MYSQL
     function = "JSON_OBJECT"
     aggregate = "COALESCE(JSON_ARRAYAGG({}), JSON_ARRAY())"
+    no_rows = "JSON_ARRAY()"
 
     def _quote(self, name: str) -> str:
         return self._literal("`" + name.replace("`", "``") + "`")

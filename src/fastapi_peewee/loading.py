@@ -16,9 +16,10 @@ from .columns import base_model
 from .database import Database, NotBuilt
 from .plans import Compiled, JsonPlan, Plan, Texts, plan
 from .reading import complete
+from .response_types import Response
 from .shapes import Shape, shape_of
 from .templates import with_values
-from .trees import Leaf, Relation, Response, Tree
+from .trees import Leaf, Relation, Tree
 
 #: How many compiled statements a response type keeps.
 _SHAPES_KEPT = 256

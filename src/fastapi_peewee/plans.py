@@ -19,12 +19,14 @@ from peewee import SQL, BaseModelSelect
 
 from .columns import Narrowed, Unplannable, base_model, check, check_relations, completed
 from .database import NotBuilt, encoded
+from .exceptions import SchemaError
 from .json_sql import NoJson, writer
 from .reading import complete, count_relations, dictionaries, one_snapshot
+from .response_types import Response
 from .shapes import Shape
 from .state import translate_driver_errors
 from .templates import Template, compile_template
-from .trees import Response, Tree
+from .trees import Tree
 
 _ONE = SQL("1")
 
@@ -250,7 +252,11 @@ def plan(
         db: the database, of ours.
         by_alias: whether the JSON has the schema's aliases as keys.
         as_json: whether the database may build the JSON; not if a serialiser has more to do.
+
+    Raises:
+        SchemaError: the response type contains itself, to no stated depth.
     """
+    _check_depth(query, response)
     if not response.many and response.schema is not None and isinstance(query, BaseModelSelect):
         query = query.limit(_ONE) if query._limit is None else query
     try:
@@ -275,3 +281,13 @@ def plan(
         return JsonPlan(response, db, tree, narrowed, by_alias)
     except NoJson as error:
         return RowPlan(response, tree, narrowed, str(error))
+
+
+def _check_depth(query: Any, response: Response) -> None:
+    """Refuse what would be a query for each row, of rows without end."""
+    model = getattr(query, "model", None)
+    if response.schema is None or model is None or query._row_type not in (None, peewee.ROW.MODEL):
+        return
+    for tree in response.tree(base_model(query)).all():
+        if tree.endless:
+            raise SchemaError(tree.endless[0])

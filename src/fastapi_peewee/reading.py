@@ -14,7 +14,8 @@ import peewee
 from peewee import Model
 
 from .columns import Narrowed, completed
-from .trees import Relation, Response, Tree
+from .response_types import Response
+from .trees import Relation, Tree
 
 #: How many keys one statement asks for at most; SQLite takes 32,766 parameters.
 _KEYS_AT_ONCE = 10_000
@@ -59,6 +60,9 @@ def dictionaries(db: Any, tree: Tree, narrowed: Narrowed, rows: list[Any]) -> li
         children = _children(db, relation, [row[place] for row in rows])
         for row, values in zip(rows, found, strict=True):
             values[relation.key] = _of(relation, children, row[place])
+    for end in tree.ends:
+        for values in found:
+            values[end.key] = [] if end.many else None
     return found
 
 
@@ -103,7 +107,7 @@ def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[
 
 
 def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
-    if not instances or not any(tree.relations):
+    if not instances or not (any(tree.relations) or any(tree.ends)):
         return instances
     copies = []
     for instance in instances:
@@ -115,6 +119,12 @@ def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
             _add_lists(db, relation, copies)
         else:
             _add_rows(db, relation, copies)
+    for end in tree.ends:
+        for each in copies:
+            if end.many:
+                _put_list(each, end, [])
+            else:
+                each.__rel__[end.fk.name] = None
     return copies
 
 
@@ -166,11 +176,14 @@ def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
     every = [row for each in instances for row in given[id(each)]]
     rest = iter(_with_relations(db, relation.tree, every))
     for each in instances:
-        rows = [next(rest) for _ in given[id(each)]]
-        if relation.through is None:
-            each.__dict__[relation.key] = rows
-        else:
-            # What Peewee's accessor looks for: rows of the link table that were loaded before.
-            each.__dict__[relation.fk.backref] = [
-                SimpleNamespace(**{relation.through.name: row}) for row in rows
-            ]
+        _put_list(each, relation, [next(rest) for _ in given[id(each)]])
+
+
+def _put_list(instance: Any, relation: Relation, rows: list[Any]) -> None:
+    if relation.through is None:
+        instance.__dict__[relation.key] = rows
+    else:
+        # What Peewee's accessor looks for: rows of the link table that were loaded before.
+        instance.__dict__[relation.fk.backref] = [
+            SimpleNamespace(**{relation.through.name: row}) for row in rows
+        ]

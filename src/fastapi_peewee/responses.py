@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from .calls import uninterrupted
 from .loading import Plans, database_of, is_query
 from .plans import Texts
-from .trees import Response as Type
+from .response_types import Response as Type
 
 #: Rows that are fetched and sent at a time.
 _ROWS_AT_ONCE = 500
@@ -119,7 +119,8 @@ class QueryResponse(Response):
         if isinstance(value, Texts):
             return value
         try:
-            return self._plans.response.adapter.validate_python(value, from_attributes=True)
+            with self._plans.response.no_endless_loads():
+                return self._plans.response.adapter.validate_python(value, from_attributes=True)
         except ValidationError as error:
             raise ResponseValidationError(errors=error.errors(), body=value) from error
 

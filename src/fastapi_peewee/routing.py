@@ -162,7 +162,7 @@ class _Answers:
         value = self.plans.load(returned)
         if isinstance(value, Texts):
             return returned, value, []
-        with self._no_lazy_loads():
+        with self._no_lazy_loads(), self.plans.response.no_endless_loads():
             if self._field is None:
                 return returned, jsonable_encoder(value), []
             return returned, *self._field.validate(value, {}, loc=("response",))
