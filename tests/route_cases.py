@@ -10,6 +10,7 @@ import datetime
 import decimal
 import enum
 import functools
+import inspect
 import json
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -54,11 +55,18 @@ T = TypeVar("T")
 
 
 class Site:
-    """An application whose routes, and those of its routers and parts, are of one class."""
+    """An application whose routes, and those of its routers and parts, are of one class.
 
-    def __init__(self, route_class: type[APIRoute], app: FastAPI) -> None:
+    Attributes:
+        rows: of a query, and whether `one` row is meant: what an endpoint returns of it.
+    """
+
+    def __init__(
+        self, route_class: type[APIRoute], app: FastAPI, rows: Callable[..., Any] = list
+    ) -> None:
         self.route_class = route_class
         self.app = app
+        self.rows = rows
         app.router.route_class = route_class
         self.log: list[Any] = []
 
@@ -93,15 +101,44 @@ def ask(line: str, **options: Any) -> Ask:
 
 
 def case(
-    *asks: str | Ask, needs: str | None = None, **app_options: Any
+    *asks: str | Ask,
+    needs: str | None = None,
+    cases: dict[str, Case] = CASES,
+    **app_options: Any,
 ) -> Callable[[Callable[[Site], None]], Callable[[Site], None]]:
     def add(build: Callable[[Site], None]) -> Callable[[Site], None]:
-        assert build.__name__ not in CASES
+        assert build.__name__ not in cases
         requests = [ask(each) if isinstance(each, str) else each for each in asks]
-        CASES[build.__name__] = Case(build, requests, needs, app_options)
+        cases[build.__name__] = Case(build, requests, needs, app_options)
         return build
 
     return add
+
+
+def all_async(route_class: type[APIRoute]) -> type[APIRoute]:
+    """The same routes, but every `def` endpoint has become an `async def` one."""
+
+    def init(self: APIRoute, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        route_class.__init__(self, path, as_async(endpoint), **options)
+
+    return type(route_class.__name__, (route_class,), {"__init__": init})
+
+
+def as_async(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    inner = inspect.unwrap(endpoint)
+    if (
+        not inspect.isfunction(endpoint)
+        or inspect.iscoroutinefunction(inner)
+        or inspect.isgeneratorfunction(inner)
+        or inspect.isasyncgenfunction(inner)
+    ):
+        return endpoint
+
+    @functools.wraps(endpoint)
+    async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        return endpoint(*args, **kwargs)
+
+    return coroutine
 
 
 class Part(BaseModel):

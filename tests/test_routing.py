@@ -28,7 +28,8 @@ from fastapi_peewee import (
     without_lease,
 )
 from tests.apps import chain, client, connected
-from tests.route_cases import CASES, Ask, Case, Site
+from tests.query_cases import MODELS, QUERY_CASES, fill, loaded, queries, rows_of
+from tests.route_cases import CASES, Ask, Case, Site, all_async
 
 
 @pytest.fixture
@@ -47,23 +48,56 @@ async def answer(app: FastAPI, ask: Ask) -> Any:
     return response.status_code, response.headers.multi_items(), response.content
 
 
-def sites(case: Case, db: Database) -> tuple[Site, Site]:
+#: Of each case, the `def` endpoints as they are, or as `async def` ones.
+KINDS = {"def": lambda route_class: route_class, "async": all_async}
+
+
+def sites(
+    case: Case, db: Database, kind: str = "def", rows: tuple[Any, Any] = (list, list)
+) -> tuple[Site, Site]:
+    """The case built with FastAPI's routes, and with ours; `rows` of each, as `Site` has them."""
     if case.needs is not None:
         pytest.importorskip(case.needs)
-    theirs = Site(APIRoute, FastAPI(**case.app_options))
+    classes = [KINDS[kind](each) for each in (APIRoute, PeeweeRoute)]
+    theirs = Site(classes[0], FastAPI(**case.app_options), rows[0])
     app = FastAPI(**case.app_options)
     Peewee(db).init_app(app)
-    ours = Site(PeeweeRoute, app)
+    ours = Site(classes[1], app, rows[1])
     case.build(theirs)
     case.build(ours)
     return theirs, ours
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
-async def test_a_peewee_route_answers_as_a_route_of_fastapi_does(db: Database, name: str) -> None:
+async def test_a_peewee_route_answers_as_a_route_of_fastapi_does(
+    db: Database, name: str, kind: str
+) -> None:
     """Status, headers, body, exceptions and side effects are those of `APIRoute`."""
-    case = CASES[name]
-    theirs, ours = sites(case, db)
+    if kind == "async" and name == "asyncio_run_in_an_endpoint":
+        pytest.skip("asyncio.run() is for threads")
+    await check(CASES[name], db, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", QUERY_CASES)
+async def test_a_returned_query_is_answered_as_its_rows_are(
+    db: Database, name: str, kind: str
+) -> None:
+    """A query on our route, and the loaded rows on FastAPI's: the same status, headers and body."""
+
+    def prepare() -> list[Any]:
+        db.bind(MODELS)
+        db.create_tables(MODELS)
+        fill()
+        return loaded()
+
+    found = await db.run(prepare)
+    await check(QUERY_CASES[name], db, kind, (rows_of(found), queries))
+
+
+async def check(case: Case, db: Database, kind: str, rows: Any = (list, list)) -> None:
+    theirs, ours = sites(case, db, kind, rows)
     for ask in case.asks:
         expected = await asyncio.wait_for(answer(theirs.app, ask), 10)
         actual = await asyncio.wait_for(answer(ours.app, ask), 10)
