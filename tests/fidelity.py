@@ -1335,12 +1335,15 @@ class NoAnswer(Exception):
     """Pydantic refuses these rows, or can't write them."""
 
 
+REFUSALS = (ValueError, TypeError, RecursionError, struct.error)
+
+
 def expected(family: Family, case: Case) -> bytes:
     query = case.full.clone()
     query._cursor_wrapper = None
     try:
         return _expected(family, case, query)
-    except (ValueError, struct.error, TypeError, PydanticSerializationError) as error:
+    except (*REFUSALS, PydanticSerializationError) as error:
         raise NoAnswer(str(error)) from error
 
 

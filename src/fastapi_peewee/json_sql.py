@@ -126,7 +126,12 @@ SQLITE = _table(
         "THEN ({v}>>24)||'.'||(({v}>>16)&255)||'.'||(({v}>>8)&255)||'.'||({v}&255) "
         f"{_STRANGE}",
     ),
-    ((peewee.JSONField, "playhouse.sqlite_ext.JSONField"), "any", "json({v})"),
+    (
+        # A blob isn't read as JSON by Peewee.
+        (peewee.JSONField, "playhouse.sqlite_ext.JSONField"),
+        "any",
+        "json(CASE typeof({v}) WHEN 'blob' THEN '?' ELSE {v} END)",
+    ),
 )
 
 POSTGRESQL = _table(
