@@ -194,7 +194,9 @@ class MariaDBServer(Server):
             raise UnavailableError("MariaDB is not installed (Debian's package: mariadb-server)")
         self._socket = self.folder / "socket"
         self.url = f"mysql://root@localhost/mysql?{urlencode({'unix_socket': self._socket})}"
-        common = ["--no-defaults", f"--datadir={self.folder / 'data'}"]
+        # A server that starts deletes the temporary tables of all servers with its `tmpdir`.
+        data = [f"--datadir={self.folder / 'data'}", f"--tmpdir={self.folder}"]
+        common = ["--no-defaults", *data]
         common.append("--innodb-log-file-size=8M")
         if os.geteuid() == 0:  # as whom it refuses to run
             user = _unprivileged_user()

@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import functools
 import io
 import json
 import subprocess
@@ -18,6 +19,8 @@ from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from fastapi_peewee import Database, PeeweeRoute, connect, get_db, param, prepared, respond
+from fastapi_peewee.backends import MySQLDatabase
+from fastapi_peewee.loading import Plans
 from fastapi_peewee.responses import _Pipe
 from tests.apps import back_to_rest, client, connected, make_app, refusal, walk_away
 from tests.apps import db as db
@@ -192,6 +195,47 @@ async def test_a_failure_before_the_first_row_is_an_error_response(
     assert db.pool_stats.in_use == 0
 
 
+async def test_head(db: Database, books: Any) -> None:
+    """HEAD has the status and the headers of GET, and what GET would send isn't read."""
+    app = make_app(db)
+    read: list[int] = []
+    asked = threading.Event()
+
+    class Noted(Plain):
+        @field_validator("id")
+        @classmethod
+        def note(cls, id_: int) -> int:
+            if id_ > 500:  # as many as are read at a time
+                assert asked.wait(10)
+            read.append(id_)
+            return id_
+
+    @app.api_route("/", methods=["GET", "HEAD"], response_model=None)
+    def stream() -> Any:
+        return respond(books.select().order_by(books.id), list[Noted], stream="csv")
+
+    @app.api_route("/none", methods=["GET", "HEAD"], response_model=None)
+    def wrong() -> Any:
+        return respond(books.select(peewee.SQL("wrong")), list[Plain], stream="csv")
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                asked.set()
+
+        await app(scope, receive, sending)
+
+    async with client(watched) as http:
+        head = await http.head("/")
+        assert len(read) < COUNT
+        get = await http.get("/")
+        assert (head.status_code, head.headers) == (get.status_code, get.headers)
+        assert head.content == b""
+        assert (await http.head("/none")).status_code == 500
+    await back_to_rest(db)
+
+
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
 async def test_a_client_that_goes_away(
     db: Database, books: Any, no_collector: None, spec_version: str
@@ -239,6 +283,85 @@ async def test_a_client_that_goes_away(
     await back_to_rest(db)
     assert told.is_set()
     assert 500 <= len(read) < COUNT
+
+
+async def test_a_stream_that_mysql_can_not_be_told_to_end(mysql_url: str) -> None:
+    """MySQL sends a result to its end: the connection is closed, but for a transaction's."""
+    async with connected(mysql_url, pool_size=1) as db:
+
+        class Row(db.Model):
+            text = peewee.CharField()
+
+        class RowOut(BaseModel):
+            text: str
+
+        def connection_id() -> int:
+            return int(db.execute_sql("SELECT CONNECTION_ID()").fetchone()[0])
+
+        def read_a_little() -> None:
+            chunks = Plans(list[RowOut]).plan(Row.select()).stream(db, 10)
+            assert len(next(chunks)) == 10
+            chunks.close()
+
+        await db.acreate_tables([Row])
+        await db.run(lambda: Row.insert_many([{"text": "a"}] * 100).execute())
+        before = await db.run(connection_id)
+        await db.run(read_a_little)
+        assert await db.run(connection_id) != before
+        async with db.atomic():
+            row = await Row.acreate(text="b")
+            await db.run(read_a_little)
+            assert await db.run(connection_id) != before
+        assert await Row.aget_by_id(row.id) == row
+
+
+async def test_rows_that_mysql_cuts(mysql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is too long for MariaDB's aggregation is read as rows, or breaks the stream off.
+
+    It says so after the last row, with a warning.
+    """
+    initialise = MySQLDatabase._initialize_connection
+
+    def with_low_limit(self: Any, conn: Any) -> None:
+        initialise(self, conn)
+        conn.query("SET SESSION group_concat_max_len = 1024")
+
+    monkeypatch.setattr(MySQLDatabase, "_initialize_connection", with_low_limit)
+    async with connected(mysql_url) as db:
+
+        class Row(db.Model):
+            text = peewee.CharField()
+
+        class Part(db.Model):
+            text = peewee.CharField()
+            row = peewee.ForeignKeyField(Row, backref="parts")
+
+        class PartOut(BaseModel):
+            text: str
+
+        class RowOut(BaseModel):
+            parts: list[PartOut]
+
+        await db.acreate_tables([Row, Part])
+        await db.run(lambda: Row.insert_many([{"text": "a"}] * 600).execute())
+        long = {"text": "a" * 200}
+        await db.run(lambda: Part.insert_many([{**long, "row": 2}] * 9).execute())
+        app = make_app(db)
+        rows = Row.select().order_by(Row.id)
+        app.get("/whole", response_model=list[RowOut])(lambda: rows)
+        few, many = [
+            functools.partial(respond, query, list[RowOut], stream=True)
+            for query in (rows.limit(500 - 1), rows)
+        ]
+        app.get("/few", response_model=None)(lambda: few())
+        app.get("/many", response_model=None)(lambda: many())
+        async with client(app, raises=True) as http:
+            for path, number in (("/whole", 600), ("/few", 499)):
+                found = (await http.get(path)).json()
+                assert found[1] == {"parts": [long] * 9}
+                assert len(found) == number
+            with refusal(peewee.DataError, "max_allowed_packet"):
+                await http.get("/many")
 
 
 async def test_the_connection_goes_back_while_a_slow_client_is_sent_to(

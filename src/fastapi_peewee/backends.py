@@ -544,11 +544,28 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
 
     def texts(self, cursor: Any) -> Sequence[bytes]:
         rows = cursor.fetchall()
-        if cursor.warning_count:
-            cursor.execute("SHOW WARNINGS")
-            if any(code in _CUT for _, code, _ in cursor.fetchall()):
-                raise NotBuilt
+        self.check_end(cursor, True)
         return encoded(rows)
+
+    def check_end(self, cursor: Any, whole: bool) -> None:
+        if not cursor.warning_count:
+            return
+        warnings = self.cursor()
+        warnings.execute("SHOW WARNINGS")
+        if any(code in _CUT for _, code, _ in warnings.fetchall()):
+            if whole:
+                raise NotBuilt
+            raise peewee.DataError(
+                "A row of this stream is larger than the server's max_allowed_packet, so that its "
+                "JSON was cut. Raise max_allowed_packet, or send fewer rows within a row."
+            )
+
+    def drop_unread(self) -> None:
+        # It can't be told to stop, and closing the cursor would read to the end.
+        conn = self._state.conn
+        if conn._result is not None and conn._result.unbuffered_active:
+            conn._result.unbuffered_active = False
+            conn._force_close()
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         try:

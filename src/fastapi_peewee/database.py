@@ -564,16 +564,31 @@ class Database(Outcomes):
         with self.reading():
             self._taint(sql)
             cursor = self._execute_cursor(sql, params, named_cursor=True)
+            whole = True
             with translate_driver_errors:
                 try:
                     while True:
                         with self.waiting():
                             rows = cursor.fetchmany(size)
+                        if len(rows) < size:
+                            self.check_end(cursor, whole)
                         if not rows:
                             break
                         yield rows
+                        whole = False
                 finally:
                     cursor.close()
+
+    def check_end(self, cursor: Any, whole: bool) -> None:
+        """Called when the last row of a stream has been read; `whole`: none was yielded before.
+
+        Raises:
+            NotBuilt: as `read_texts()`. Nothing was yielded yet.
+            peewee.DataError: the same, too late.
+        """
+
+    def drop_unread(self) -> None:
+        """Called when a stream is given up, outside of any transaction but its own."""
 
     def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
         """Run a statement whose rows are one text each; return these, in UTF-8.

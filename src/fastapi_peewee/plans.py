@@ -97,13 +97,18 @@ class JsonPlan(Plan):
             return self._rows.load(db)
 
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        sent = 0
+        sent, alone = 0, not db.in_transaction()
         with one_snapshot(db, 2):  # the rows that are read in another way must be the same
             try:
                 with _refused_json(db), closing(db.stream(*self.statement(db), size)) as chunks:
                     for rows in chunks:
                         texts = encoded(rows)
-                        yield texts
+                        try:
+                            yield texts
+                        except GeneratorExit:
+                            if alone:
+                                db.drop_unread()
+                            raise
                         sent += len(texts)
             except NotBuilt:
                 yield from self._rows.stream(db, size, sent)

@@ -179,7 +179,8 @@ class QueryStream(StreamingResponse):
             # What fails before the first row is an error response, not a broken stream.
             await pipe.filled.wait()
             pipe.check()
-            self.body_iterator = pipe.chunks()
+            if scope["method"] != "HEAD":  # whose body is empty, and needs no reading on
+                self.body_iterator = pipe.chunks()
             await super().__call__(scope, receive, send)
         finally:
             pipe.stopped = True
