@@ -1401,7 +1401,7 @@ def answers(case: Case, db: Any) -> Iterator[tuple[str, bytes]]:
     yield best.kind, body(plans.load(case.query))
     if best.kind == "json":
         yield "json, compiled", body(plans.load(case.query))
-        rows = plan(case.query, response, db, by_alias=case.by_alias, as_json=False)
+        rows = plan(case.query, response, db, by_alias=case.by_alias, in_python="asked for")
         assert isinstance(rows, RowPlan)
         yield "rows", body(rows.load(db))
     if best.kind != "instances":

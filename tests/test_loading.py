@@ -94,7 +94,7 @@ def every_plan(query: Any, type_: Any, db: Any) -> dict[str, Any]:
     plans = Plans(type_)
     best = plans.plan(query)
     assert best.kind == "json", best.reason
-    rows = plan(query, plans.response, db, as_json=False)
+    rows = plan(query, plans.response, db, in_python="asked for")
     assert isinstance(rows, RowPlan)
     instances = InstancePlan(plans.response, query, "asked for")
     return {each.kind: answer(each, plans, db) for each in (best, rows, instances)}
@@ -171,7 +171,7 @@ def test_how_many_statements(db: Any, models: SimpleNamespace, statements: list[
     plans = Plans(list[FullItemOut])
     query = models.Item.select().order_by(models.Item.id)
     best = plans.plan(query)
-    rows = plan(query, plans.response, db, as_json=False)
+    rows = plan(query, plans.response, db, in_python="asked for")
     instances = InstancePlan(plans.response, query, "asked for")
     for each, number in ((best, 1), (rows, 4), (instances, 4)):
         statements.clear()
@@ -476,7 +476,7 @@ def test_all_statements_see_one_snapshot(
     """What another connection commits between the statements of a plan is in none of them."""
     plans = Plans(list[UserOut])
     query = models.User.select().order_by(models.User.id)
-    found = plan(query, plans.response, db, as_json=False)
+    found = plan(query, plans.response, db, in_python="asked for")
     if kind == "instances":
         found = InstancePlan(plans.response, query, "asked for")
     execute = db.execute_sql

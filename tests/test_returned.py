@@ -1,5 +1,6 @@
 """Endpoints that return queries, instances, or nothing: the response model decides what is read."""
 
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import peewee
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, Response
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -24,7 +26,7 @@ from fastapi_peewee import (
 )
 from tests.apps import client, connected, make_app
 from tests.apps import db as db
-from tests.shop import ItemOut, Models, UserOut
+from tests.shop import BareUserOut, ItemOut, Models, UserOut
 
 
 class ItemLess(BaseModel):
@@ -439,6 +441,38 @@ async def test_explain(db: Database, models: Models) -> None:
     assert str(found).startswith("plan: rows, since name has a validator")
     found = await db.run(explain, query.dicts(), list[UserOut])
     assert found.plan == "instances"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, ""),
+        ({"response_model_by_alias": False}, ""),
+        ({"response_model_exclude_none": False}, ""),
+        ({"response_model_exclude_none": True}, "response_model_exclude_none"),
+        (
+            {"response_model_include": {"id"}, "response_model_exclude_unset": True},
+            "response_model_include, response_model_exclude_unset",
+        ),
+        ({"response_model_exclude_defaults": True, "response_class": JSONResponse},
+         "response_class=JSONResponse"),
+    ],
+)  # fmt: skip
+async def test_explain_with_the_options_of_a_route(
+    db: Database, models: Models, statements: list[str], options: Any, reason: str
+) -> None:
+    """With a route's options, `explain` says what that route does, and which of them is why."""
+    query = models.User.select().order_by(models.User.id)
+    app = make_app(db)
+    add(app, "def", "/", lambda: query, response_model=list[BareUserOut], **options)
+    statements.clear()
+    assert (await answer(app))[0] == 200
+    found = await db.run(functools.partial(explain, query, list[BareUserOut], **options))
+    assert statements[:1] == [found.sql]
+    assert found.plan == ("rows" if reason else "json")
+    assert found.reason == (f"the route has {reason}" if reason else "")
+    with pytest.raises(TypeError, match="got: status_code"):
+        await db.run(functools.partial(explain, query, BareUserOut, status_code=201))
 
 
 async def test_explain_warns_of_a_missing_index(database_url: str) -> None:

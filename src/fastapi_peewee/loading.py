@@ -35,13 +35,13 @@ class Plans:
 
     Args:
         type_: the response type; None if there is none.
-        by_alias, as_json: as for `plan`.
+        by_alias, in_python: as for `plan`.
     """
 
-    def __init__(self, type_: Any, *, by_alias: bool = True, as_json: bool = True) -> None:
+    def __init__(self, type_: Any, *, by_alias: bool = True, in_python: str = "") -> None:
         self._type = type_
         self._by_alias = by_alias
-        self._as_json = as_json
+        self._in_python = in_python
         # The values hold the databases, so that no other can have the same `id()`.
         self._compiled: dict[tuple[int, Hashable], Compiled] = {}
 
@@ -85,7 +85,7 @@ class Plans:
         db = database_of(query)
         if isinstance(query, PreparedQuery):
             query = query.query
-        return plan(query, self.response, db, by_alias=self._by_alias, as_json=self._as_json)
+        return plan(query, self.response, db, by_alias=self._by_alias, in_python=self._in_python)
 
     def _complete(self, db: Any, value: Any) -> Any:
         if isinstance(value, list):
@@ -95,7 +95,7 @@ class Plans:
     def _load_query(self, query: Any) -> Any:
         if not isinstance(query, PreparedQuery):
             loaded = self._load_plain(query)
-        elif self._as_json and self._by_alias and query.type == self._type:
+        elif self._by_alias and not self._in_python and query.type == self._type:
             loaded = query.load()
         else:
             loaded = self._load_plain(query.query)
@@ -114,7 +114,7 @@ class Plans:
                 f"A {type(query).__name__} was returned that has not been executed. Call its "
                 "`execute()` and return what the client should see."
             )
-        shape = shape_of(query) if self._as_json else None
+        shape = None if self._in_python else shape_of(query)
         db = database_of(query)
         if found := self._find(db, shape):
             with suppress(NotBuilt):
@@ -143,7 +143,7 @@ class Plans:
         something else. Then `load()` has to do it.
         """
         db = database_of(query)
-        if not self._as_json or not isinstance(db, Database):
+        if self._in_python or not isinstance(db, Database):
             return None
         if isinstance(query, PreparedQuery):
             found = query.find(db) if self._by_alias and query.type == self._type else None
@@ -160,6 +160,37 @@ class Plans:
         response = self.response
         if response.schema is not None and not response.many and not response.nullable:
             raise (peewee.DoesNotExist if model is None else model.DoesNotExist)
+
+
+#: What a route may leave out of an object, each time anew.
+_LEFT_OUT = frozenset(
+    f"response_model_{option}"
+    for option in ("include", "exclude", "exclude_unset", "exclude_defaults", "exclude_none")
+)
+
+
+def plans_of_route(
+    type_: Any,
+    *,
+    response_class: Any = None,
+    response_model_by_alias: bool = True,
+    **left_out: Any,
+) -> Plans:
+    """The plans of a route with this response model and, under FastAPI's names, these options.
+
+    Args:
+        response_class: None for FastAPI's default.
+    """
+    if unknown := left_out.keys() - _LEFT_OUT:
+        raise TypeError(
+            "Of a route's options, a plan depends on response_class and those that begin with "
+            f"response_model_; got: {', '.join(sorted(unknown))}"
+        )
+    why = ", ".join(name for name, value in left_out.items() if value)
+    if response_class is not None:
+        why = f"response_class={getattr(response_class, '__name__', response_class)}"
+    in_python = f"the route has {why}" if why else ""
+    return Plans(type_, by_alias=response_model_by_alias, in_python=in_python)
 
 
 def prepared(query: Any, type_: Any) -> "Prepared":
@@ -290,14 +321,24 @@ class Explanation:
         return "\n".join(filter(None, lines + [f"warning: {each}" for each in self.warnings]))
 
 
-def explain(query: Any, type_: Any) -> Explanation:
+def explain(query: Any, type_: Any, **options: Any) -> Explanation:
     """Say how an endpoint with this response type would answer with this query.
+
+    ::
+
+        print(explain(User.select(), list[UserOut]))
+        print(explain(User.select(), list[UserOut], response_model_exclude_none=True))
+
+    Args:
+        query: as the endpoint would return it.
+        type_: the response model, or the type given to `respond()`.
+        options: those of the route that begin with `response_model_`, and its `response_class`.
 
     It asks the database for its indexes, so call it as other synchronous code: in a script or a
     shell, or with `await db.run(explain, query, type_)`.
     """
     plain = query.query if isinstance(query, PreparedQuery) else query
-    plans, db = Plans(type_), database_of(plain)
+    plans, db = plans_of_route(type_, **options), database_of(plain)
     db.connection()  # what the server is decides what it understands
     chosen = plans.plan(plain)
     sql, params = chosen.statement(db)

@@ -247,7 +247,7 @@ def _chunks(query: Any, db: Any, size: int, skipped: int = 0) -> Iterator[list[A
 
 
 def plan(
-    query: Any, response: Response, db: Any, *, by_alias: bool = True, as_json: bool = True
+    query: Any, response: Response, db: Any, *, by_alias: bool = True, in_python: str = ""
 ) -> Plan:
     """Choose the plan for a query. The database must be connected.
 
@@ -256,7 +256,7 @@ def plan(
         response: what is wanted.
         db: the database, of ours.
         by_alias: whether the JSON has the schema's aliases as keys.
-        as_json: whether the database may build the JSON; not if a serialiser has more to do.
+        in_python: why the JSON has to be made in Python, if that was decided before.
 
     Raises:
         SchemaError: the response type contains itself, to no stated depth.
@@ -280,8 +280,8 @@ def plan(
         narrowed = Narrowed(query, tree)
     except Unplannable as error:
         return InstancePlan(response, query, str(error))
-    if not as_json:
-        return RowPlan(response, tree, narrowed, "the route's response_model_… options ask for it")
+    if in_python:
+        return RowPlan(response, tree, narrowed, in_python)
     try:
         return JsonPlan(response, db, tree, narrowed, by_alias)
     except NoJson as error:

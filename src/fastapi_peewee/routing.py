@@ -32,7 +32,7 @@ from starlette.background import BackgroundTask, BackgroundTasks
 
 from .database import Database
 from .handlers import CONFLICT, NOT_FOUND
-from .loading import Plans, database_of, is_query
+from .loading import database_of, is_query, plans_of_route
 from .plans import Texts
 from .responses import QueryResponse
 from .retries import retrying
@@ -146,11 +146,10 @@ class _Answers:
             "exclude_defaults": route.response_model_exclude_defaults,
             "exclude_none": route.response_model_exclude_none,
         }
-        plain = self._as_bytes and not any(
-            value for name, value in self._options.items() if name != "by_alias"
-        )
-        self.plans = Plans(
-            route.response_model, by_alias=route.response_model_by_alias, as_json=plain
+        self.plans = plans_of_route(
+            route.response_model,
+            response_class=None if self._as_bytes else route.response_class,
+            **{f"response_model_{name}": value for name, value in self._options.items()},
         )
 
     def load(self, returned: Any) -> tuple[Any, Any, list[Any]]:
