@@ -204,8 +204,8 @@ MYSQL = _table(
     ((peewee.JSONField, "playhouse.mysql_ext.MySQLJSONField"), "any", "JSON_EXTRACT({v},'$')"),
 )
 
-#: Levels of rows in rows that every database's parser has room for. SQLite's ends at 7 or so, in
-#: its older releases, and MariaDB's at 63.
+#: Levels of rows in rows that every database's parser has room for. That of SQLite 3.40
+#: ends at 7 or so, MariaDB's at 63.
 _SURELY_PARSED = 3
 
 _FORMATTED = (peewee.DateField, peewee.DateTimeField, peewee.TimeField)
@@ -352,7 +352,7 @@ class _Wrapping(JsonSql):
                 cursor.execute(f"EXPLAIN {before}SELECT {columns}{after}", self.params)
                 cursor.fetchall()
         except peewee.DatabaseError as error:
-            raise NoJson(f"the database can't parse a statement so deep: {error}") from error
+            raise NoJson(f"the database refuses a statement so deep: {error}") from error
 
     def child(self, relation: Relation, link: Part) -> Part:
         narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
