@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import rows
 from benchmarks.checking import Answer, Answers, differences
 from benchmarks.counting import Counts
 from benchmarks.loading import Sample
@@ -101,3 +102,17 @@ def test_there_is_no_ratio_where_answers_differ_or_fail(tmp_path: Path) -> None:
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
     assert json.loads((tmp_path / "report.json").read_text())["conditions"] == report.conditions
+
+
+def test_the_cost_of_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m benchmarks.rows` says what a row costs by each plan, in responses of all sizes."""
+    monkeypatch.setattr(rows, "SIZES", (1, 3))
+    monkeypatch.setattr(rows, "_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", ["rows"])
+    rows.main()
+    shown = capsys.readouterr().out
+    assert shown.count("items") >= 3
+    for word in ("json", "rows", "instances", "streamed"):
+        assert word in shown

@@ -18,7 +18,16 @@ from fastapi import Depends
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from fastapi_peewee import Database, PeeweeRoute, connect, get_db, param, prepared, respond
+from fastapi_peewee import (
+    Database,
+    InTransaction,
+    PeeweeRoute,
+    connect,
+    get_db,
+    param,
+    prepared,
+    respond,
+)
 from fastapi_peewee.backends import MySQLDatabase
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.responses import _Pipe
@@ -283,6 +292,49 @@ async def test_a_client_that_goes_away(
     await back_to_rest(db)
     assert told.is_set()
     assert 500 <= len(read) < COUNT
+
+
+@pytest.mark.parametrize("kind", ["def", "async"])
+@pytest.mark.parametrize("way", ["query", "respond", "stream"])
+async def test_what_a_transaction_wrote_with_one_connection(
+    database_url: str, kind: str, way: str
+) -> None:
+    """What is returned under `InTransaction` has what the endpoint wrote; one connection does."""
+    async with connected(database_url, pool_size=1, timeout=5) as db:
+
+        class Row(db.Model):
+            text = peewee.CharField()
+
+        class RowOut(BaseModel):
+            text: str
+
+        def returned() -> Any:
+            if way == "query":
+                return Row.select()
+            return respond(Row.select(), list[RowOut], stream=way == "stream")
+
+        app = make_app(db)
+        model = list[RowOut] if way == "query" else None
+        if kind == "def":
+
+            @app.get("/", response_model=model)
+            def endpoint(transaction: InTransaction) -> Any:
+                Row.create(text="a")
+                return returned()
+
+        else:
+
+            @app.get("/", response_model=model)
+            async def aendpoint(transaction: InTransaction) -> Any:
+                await Row.acreate(text="a")
+                return returned()
+
+        await db.acreate_tables([Row])
+        async with client(app, raises=True) as http:
+            found = await asyncio.gather(*(http.get("/") for _ in range(3)))
+        assert {row["text"] for response in found for row in response.json()} == {"a"}
+        assert all(response.json() for response in found)
+        assert await db.run(lambda: Row.select().count()) == 3
 
 
 async def test_a_stream_that_mysql_can_not_be_told_to_end(mysql_url: str) -> None:
