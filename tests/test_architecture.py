@@ -45,6 +45,7 @@ ORDER = [
     "reading",
     "plans",
     "loading",
+    "refusals",
     "handlers",
     "responses",
     "routing",

@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import os
-import re
 import select
 import socket
 import sqlite3
@@ -150,12 +149,6 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def _set_query_only(self, value: int) -> None:
         # Around `execute_sql` of ours, which would take the session for changed.
         peewee.Database.execute_sql(self, f"PRAGMA query_only = {value}")
-
-    def execute_sql(self, sql: str, params: Any = None) -> Any:
-        try:
-            return super().execute_sql(sql, params)
-        except OverflowError as error:  # an integer of more than 64 bits; Peewee lets it through
-            raise peewee.DataError(error) from error
 
     def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor(named_cursor)
@@ -468,9 +461,6 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return result.status == ExecStatus.TUPLES_OK and result.get_value(0, 0) == b"0"
 
 
-_WRITTEN = re.compile(r"(?:INSERT (?:IGNORE )?INTO|REPLACE INTO|UPDATE|DELETE FROM) `([^`]+)`")
-
-
 #: Lock wait time-out, deadlock, and MariaDB's "record has changed since last read".
 _TRANSIENT = (1205, 1213, 1020)
 
@@ -566,14 +556,6 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         if conn._result is not None and conn._result.unbuffered_active:
             conn._result.unbuffered_active = False
             conn._force_close()
-
-    def execute_sql(self, sql: str, params: Any = None) -> Any:
-        try:
-            return super().execute_sql(sql, params)
-        except peewee.IntegrityError as error:
-            written = _WRITTEN.match(sql)
-            error.table = written and written[1]  # MariaDB's message names none
-            raise
 
     def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
         if not read_only:

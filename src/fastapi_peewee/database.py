@@ -345,6 +345,19 @@ class Database(Outcomes):
             if turn is not None:
                 turn.give_turn()
 
+    def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
+        try:
+            return super()._execute_cursor(sql, params, **options)
+        except (OverflowError, UnicodeEncodeError) as error:
+            # Peewee lets through what a driver says of an integer of more than 64 bits (SQLite) or
+            # of a lone surrogate.
+            refused = peewee.DataError(error)
+            refused.statement = (self, sql, params)
+            raise refused from error
+        except peewee.DatabaseError as error:
+            error.statement = (self, sql, params)  # for who tells which field was refused
+            raise
+
     def _taint(self, sql: str) -> None:
         lease = self._state.lease()
         if lease is not None and self.taints(sql):
