@@ -6,6 +6,7 @@ and the database's pool, so that looking at them changes nothing.
 
 import asyncio
 import gc
+import logging
 import os
 import sqlite3
 import threading
@@ -18,15 +19,26 @@ from typing import Annotated, Any
 import peewee
 import psycopg
 import pymysql
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from psycopg.pq import TransactionStatus
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
+from pydantic import BaseModel
 from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_peewee import Database, Peewee, PoolError, connect, get_db, respond, schema
+from fastapi_peewee import (
+    Database,
+    InTransaction,
+    Peewee,
+    PoolError,
+    connect,
+    get_db,
+    respond,
+    schema,
+)
 from fastapi_peewee.pool import Pool
 from tests import cancelling_app
 
@@ -342,6 +354,106 @@ def tagging() -> ASGIApp:
             "/_refusals": recorded_refusals(db.pool).copy,
         },
     )
+
+
+def guarded() -> ASGIApp:
+    """An application that takes what the database takes, over tables that are full of canaries."""
+    logging.basicConfig(level=logging.INFO)
+    db = connect(os.environ["DATABASE_URL"])
+
+    class Team(db.Model):
+        class Meta:
+            table_name = "canary teams"
+
+    class Member(db.Model):
+        email = peewee.CharField(column_name="canary_email", unique=True, max_length=30)
+        team = peewee.ForeignKeyField(
+            Team, column_name="canary_team", object_id_name="team_id", constraint_name="canary_fk"
+        )
+        age = peewee.SmallIntegerField(
+            column_name="canary_age", constraints=[peewee.Check("canary_age >= 0")], default=1
+        )
+        price = peewee.FloatField(column_name="canary_price", default=1.0)
+        note = peewee.CharField(column_name="canary_note", null=True, max_length=20)
+        hidden = peewee.CharField(column_name="canary_hidden", default="canary of another's")
+
+        class Meta:
+            table_name = "canary members"
+
+    def create() -> None:
+        db.create_tables([Team, Member])
+        for _ in range(2):
+            Team.create()
+        Member.create(email="taken@example.com", team=1)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with suppress(PoolError):  # it may be away
+            await db.run(create)
+        logging.info("a line at INFO")  # noqa: LOG015
+        yield
+
+    class MemberIn(BaseModel):
+        email: str
+        team: int
+        age: int = 1
+        price: float = 1.0
+        note: str | None = None
+
+    class MemberPatch(BaseModel):
+        email: str | None = None
+        team: int | None = None
+        age: int | None = None
+        price: float | None = None
+        note: str | None = None
+
+    class MemberOut(BaseModel):
+        id: int
+        email: str
+        team_id: int
+        note: str | None
+
+    app = FastAPI(lifespan=lifespan)
+    Peewee(db).init_app(app)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # FastAPI's own repeats the input, which may be impossible to encode.
+        details = [{key: part[key] for key in ("type", "loc")} for part in error.errors()]
+        return JSONResponse({"detail": details}, 422)
+
+    @app.post("/members/", response_model=MemberOut)
+    def create_member(member: MemberIn) -> Any:
+        return Member.create(**member.model_dump())
+
+    @app.get("/members/", response_model=list[MemberOut])
+    async def read_members(
+        email: str = "", limit: Annotated[int, Query(ge=0, le=1000)] = 10
+    ) -> Any:
+        return Member.select().where(Member.email.contains(email)).order_by(Member.id).limit(limit)
+
+    @app.get("/members/{number}", response_model=MemberOut)
+    async def read_member(number: int) -> Any:
+        return Member.select().where(Member.id == number)
+
+    @app.patch("/members/{number}")
+    async def change_member(number: int, member: MemberPatch, held: InTransaction) -> int:
+        values = member.model_dump(exclude_unset=True)
+        if not values:
+            raise HTTPException(422, "nothing to do")
+        query = Member.update(**values).where(Member.id == number)
+        changed: int = await db.run(query.execute)
+        return changed
+
+    @app.delete("/members/{number}")
+    def delete_member(number: int) -> None:
+        Member.get_by_id(number).delete_instance()
+
+    @app.delete("/teams/{number}")
+    def delete_team(number: int) -> None:
+        Team.delete_by_id(number)
+
+    return app
 
 
 def recorded_refusals(pool: Pool) -> list[tuple[str, float, float]]:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import select
 import socket
 import sqlite3
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from threading import get_ident
 from typing import Any
-from urllib.parse import urlparse
 
 import peewee
 
@@ -663,6 +663,23 @@ _SCHEMES: dict[str, type[Database]] = {
 }
 
 
+def _parse(url: str) -> tuple[str, dict[str, Any] | None]:
+    """The scheme, and what the rest says; None if it can't be read.
+
+    What `urllib` says then quotes a part of the URL that may be one of the password. It isn't even
+    kept as the context of our error.
+    """
+    from playhouse.db_url import parse  # it imports every driver that is there
+
+    # Without "://", what stands before the first colon may be anything.
+    scheme = url.partition("://")[0].strip().lower() if "://" in url else ""
+    scheme = scheme if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else ""
+    try:
+        return scheme, parse(url, unquote_password=True, unquote_user=True)
+    except ValueError:
+        return scheme, None
+
+
 _POOL_NAMES = {"max_connections": "pool_size", "stale_timeout": "max_lifetime"}
 
 
@@ -710,16 +727,19 @@ def connect(
         ValueError: the URL can't be understood, or a setting is out of range.
         peewee.ImproperlyConfigured: the driver isn't installed.
     """
-    from playhouse.db_url import parse  # it imports every driver that is there
-
-    scheme = urlparse(url).scheme
+    scheme, parameters = _parse(url)
     database_class = _SCHEMES.get(scheme)
     if database_class is None:
         raise ValueError(
             f"Can't tell the kind of database from the URL's scheme {scheme!r}. It must be one of "
             f"{', '.join(sorted(_SCHEMES))}; for example sqlite:///app.db."
         )
-    parameters = parse(url, unquote_password=True, unquote_user=True)
+    if parameters is None:
+        raise ValueError(
+            "The URL can't be taken apart. Most likely user or password have a character that "
+            "means something else in a URL, such as / ? # [ or @. Percent-encode them: "
+            "urllib.parse.quote(password, safe='')."
+        )
     if not parameters.get("database"):
         raise ValueError(
             f"The URL names no database. Local databases take three slashes ({scheme}:///name), "
