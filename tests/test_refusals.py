@@ -387,6 +387,38 @@ async def test_names_that_no_model_has_stay_inside(db: Database) -> None:
         assert (response.status_code, response.json()["detail"][0]["loc"]) == (409, place)
 
 
+@pytest.mark.parametrize("value", [2**70, -(2**70)])
+async def test_a_number_that_sqlite_has_no_place_for(sqlite_url: str, value: int) -> None:
+    """422 for a number of more than 64 bits, whatever went wrong on that connection before."""
+    async with connected(sqlite_url, pool_size=1) as db:
+
+        class Parent(db.Model):
+            pass
+
+        class Child(db.Model):
+            parent = peewee.ForeignKeyField(Parent, null=True)
+
+        await db.acreate_tables([Parent, Child])
+        app = make_app(db)
+
+        @app.post("/{number}")
+        def create(number: int) -> None:
+            Child.create(parent=number)
+
+        @app.get("/{number}")
+        def read(number: int) -> int:
+            return int(Child.select().where(Child.parent == number).count())
+
+        async with client(app) as http:
+            for _ in range(3):
+                assert (await http.get("/1")).text == "0"
+                response = await http.post("/404")
+                assert response.json()["detail"][0]["type"] == "reference"
+                for refused in (await http.get(f"/{value}"), await http.post(f"/{value}")):
+                    assert refused.status_code == 422
+                    assert refused.json()["detail"][0]["type"] == "data"
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 async def test_a_number_that_is_none(db: Database, value: str) -> None:
     """NaN and the infinite are stored or refused with 422; they are no error of the server's."""

@@ -41,6 +41,9 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_UNSENDABLE = OverflowError, UnicodeEncodeError
+
+
 class NotBuilt(Exception):
     """The database couldn't build the JSON of these rows, as it turned out."""
 
@@ -348,15 +351,18 @@ class Database(Outcomes):
     def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
         try:
             return super()._execute_cursor(sql, params, **options)
-        except (OverflowError, UnicodeEncodeError) as error:
-            # Peewee lets through what a driver says of an integer of more than 64 bits (SQLite) or
-            # of a lone surrogate.
-            refused = peewee.DataError(error)
-            refused.statement = (self, sql, params)
+        except (peewee.DatabaseError, *_UNSENDABLE) as error:
+            refused: Any = error
+            # What a driver can't send, a lone surrogate or (SQLite) an integer of more than 64 bits,
+            # Peewee lets through; SQLite's driver may hide it behind the connection's last error.
+            found = getattr(error, "orig", error)
+            for unsendable in (found, found.__context__):
+                if isinstance(unsendable, _UNSENDABLE):
+                    refused = peewee.DataError(unsendable)
+            refused.statement = (self, sql, params)  # for who tells which field was refused
+            if refused is error:
+                raise
             raise refused from error
-        except peewee.DatabaseError as error:
-            error.statement = (self, sql, params)  # for who tells which field was refused
-            raise
 
     def _taint(self, sql: str) -> None:
         lease = self._state.lease()
