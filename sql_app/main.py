@@ -5,12 +5,15 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import peewee
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
+from starlette.routing import Match
 
 from fastapi_peewee import Peewee
 
@@ -43,8 +46,31 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
 
 
+class ErrorDetail(BaseModel):
+    detail: str
+
+
+# What FastAPI answers of itself, and leaves out of OpenAPI.
+ANY_CALL: dict[int | str, dict[str, Any]] = {
+    405: {
+        "description": "The path has other methods only: those in Allow",
+        "headers": {"Allow": {"schema": {"type": "string"}, "required": True}},
+        "model": ErrorDetail,
+    }
+}
+WITH_BODY: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The body can't be parsed", "model": ErrorDetail},
+    413: {"description": "The body is larger than 64 KiB"},
+}
+REGISTERED: dict[int | str, dict[str, Any]] = {
+    **WITH_BODY,
+    400: {**WITH_BODY[400], "description": "The email is registered, or the body can't be parsed"},
+}
+
 # FastAPI with the assets of /docs on board, instead of on a CDN.
-app = FastAPIOffline(title="sql_app", lifespan=lifespan, max_body_size=64 * 1024)
+app = FastAPIOffline(
+    title="sql_app", lifespan=lifespan, max_body_size=64 * 1024, responses=ANY_CALL
+)
 Peewee(db).init_app(app)
 
 
@@ -53,6 +79,19 @@ async def invalid_request(request: Request, error: RequestValidationError) -> Re
     """FastAPI's own answer without the input, which may be a password or impossible to encode."""
     details = [{key: part[key] for key in ("type", "loc", "msg")} for part in error.errors()]
     return Response(json.dumps({"detail": details}), 422, media_type="application/json")
+
+
+@app.exception_handler(405)
+async def other_methods(request: Request, error: Exception) -> Response:
+    """Starlette's own answer with the methods of all routes of the path: it has the first one's."""
+    allowed = {
+        method
+        for route in app.routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in getattr(route, "methods", None) or ()
+    }
+    headers = {"Allow": ", ".join(sorted(allowed))}
+    return JSONResponse({"detail": "Method Not Allowed"}, 405, headers=headers)
 
 
 UserId = Annotated[int, Path(ge=-(2**31), lt=2**31)]
@@ -65,7 +104,7 @@ async def registration(user: schemas.UserCreate) -> tuple[schemas.UserCreate, st
     return user, await ahash_password(user.password.get_secret_value())
 
 
-@app.post("/users/", response_model=schemas.User, responses={400: {"description": "Registered"}})
+@app.post("/users/", response_model=schemas.User, responses=REGISTERED)
 def create_user(
     registration: Annotated[tuple[schemas.UserCreate, str], Depends(registration)],
 ) -> models.User:
@@ -85,7 +124,7 @@ async def read_user(user_id: UserId) -> peewee.ModelSelect:
     return models.User.select().where(models.User.id == user_id)
 
 
-@app.post("/users/{user_id}/items/", response_model=schemas.Item)
+@app.post("/users/{user_id}/items/", response_model=schemas.Item, responses=WITH_BODY)
 def create_item_for_user(user_id: UserId, item: schemas.ItemCreate) -> models.Item:
     try:
         return crud.create_user_item(item, user_id)

@@ -353,7 +353,7 @@ class Database(Outcomes):
             return super()._execute_cursor(sql, params, **options)
         except (peewee.DatabaseError, *_UNSENDABLE) as error:
             refused: Any = error
-            # What a driver can't send, a lone surrogate or (SQLite) an integer of more than 64 bits,
+            # What can't be sent, a lone surrogate or (SQLite) an integer of more than 64 bits,
             # Peewee lets through; SQLite's driver may hide it behind the connection's last error.
             found = getattr(error, "orig", error)
             for unsendable in (found, found.__context__):
