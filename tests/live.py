@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -235,6 +236,14 @@ async def ask(server: LiveServer, path: str, json: Any = None) -> Answer:
     """One request on a connection of its own."""
     async with connections(server, 1) as [connection]:
         return await connection.ask(Request(path, json))
+
+
+def ask_raw(server: LiveServer, request: str) -> bytes:
+    """The first piece of what the server says to these bytes."""
+    with socket.create_connection((server.host, server.port), timeout=_ANSWER_TIMEOUT) as sock:
+        with suppress(OSError):  # it may have heard enough
+            sock.sendall(request.encode())
+        return sock.recv(65536)
 
 
 async def ask_at_once(server: LiveServer, requests: Iterable[Request]) -> list[Answer]:

@@ -730,6 +730,87 @@ def test_what_is_not_in_the_contract_is_not_there(
     check_refused(api.client.request(method, path), status)
 
 
+def test_a_405_says_which_methods_the_path_has(api: Api) -> None:
+    """`Allow` has them all, of whichever route."""
+    for path, methods in (
+        ("/users/", "GET, POST"),
+        ("/users/1", "GET"),
+        ("/users/1/items/", "POST"),
+        ("/items/", "GET"),
+    ):
+        answer = api.client.request("PUT", path)
+        check_refused(answer, 405)
+        assert answer.headers["allow"] == methods
+
+
+def test_a_url_of_100_kib_is_refused_by_the_server(api: Api) -> None:
+    """Uvicorn reads URLs of up to 64 KiB and answers 400 to longer ones, before the application
+    sees them; it goes on serving."""
+    for path in ("/users/?x=", "/users/", "/items/?limit="):
+        for size in (100 * KIB, 1024 * KIB):
+            head = f"GET {path}{'1' * size} HTTP/1.1\r\nhost: test\r\n\r\n"
+            assert live.ask_raw(api.server, head).startswith(b"HTTP/1.1 400 ")
+    check_json(api.client.get("/users/"), 200, [])
+
+
+METACHARACTERS = [
+    "' OR '1'='1",
+    '" OR ""="',
+    "1; DROP TABLE item; --",
+    "'); DELETE FROM user; --",
+    "a' UNION SELECT hashed_password FROM user --",
+    "${7*7}{{7*7}}",
+    "%s %(email)s %%",
+    "? :1 $1 @x",
+    "\\'; --",
+    "`user`",
+    "/* */ #",
+    "_%",
+    "<script>alert(1)</script>",
+    "a\r\nSet-Cookie: b=c",
+    "__class__",
+    "$(sleep 9)",
+]
+
+
+def test_what_would_mean_something_in_sql_is_text(api: Api) -> None:
+    """In a body it is stored and found as it is; in a path or a query it is refused."""
+    expected = []
+    for text in METACHARACTERS:
+        user = api.register(text).json()
+        body = encoded({"title": text, "description": text})
+        item = api.post(f"/users/{user['id']}/items/", body).json()
+        shown = {"title": text, "description": text, "owner_id": user["id"], "id": item["id"]}
+        expected.append({"id": user["id"], "email": text, "is_active": True, "items": [shown]})
+        raw = quote(text, safe="")
+        path_status = 404 if "%2F" in raw else 422  # a slash leads elsewhere
+        check_refused(api.client.get(f"/users/{raw}"), path_status)
+        check_refused(api.post(f"/users/{raw}/items/", body), path_status)
+        for path in (f"/users/?skip={raw}", f"/items/?limit={raw}", f"/slowusers/?limit={raw}"):
+            check_refused(api.client.get(path), 422)
+    check_json(api.client.get("/users/"), 200, expected)
+
+
+def test_openapi_has_what_the_calls_answer(api: Api) -> None:
+    """Each call declares its statuses, those included that FastAPI answers of itself."""
+    paths = api.client.get("/openapi.json").json()["paths"]
+    declared = {
+        f"{method.upper()} {path}": sorted(map(int, call["responses"]))
+        for path, calls in paths.items()
+        for method, call in calls.items()
+    }
+    assert declared == {
+        "POST /users/": [200, 400, 405, 409, 413, 422, 503],
+        "GET /users/": [200, 405, 422, 503],
+        "GET /users/{user_id}": [200, 404, 405, 422, 503],
+        "POST /users/{user_id}/items/": [200, 400, 404, 405, 409, 413, 422, 503],
+        "GET /items/": [200, 405, 422, 503],
+        "GET /slowusers/": [200, 405, 422, 503],
+    }
+    allow = paths["/users/"]["get"]["responses"]["405"]["headers"]["Allow"]
+    assert allow == {"schema": {"type": "string"}, "required": True}
+
+
 # Garbage
 
 ANY_TEXT = st.text(st.characters(), max_size=40)  # lone surrogates and NUL among them
