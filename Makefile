@@ -25,7 +25,7 @@ CODE := src sql_app tests $(wildcard experiment examples benchmarks soak)
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test check format experiment soak soak-answers mutants bench coverage test-pythons \
-	test-lowest lock clean
+	test-lowest lock audit sbom audit-tools clean
 
 help: ## say what there is (this text)
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -90,8 +90,19 @@ test-lowest: $(VENV)/.installed ## run the suite, less its slow tests, on the lo
 lock: $(VENV)/.installed ## write requirements/*.txt anew from pyproject.toml (ARGS=--upgrade moves the pins)
 	UV=$(VENV)/bin/uv scripts/lock $(ARGS)
 
+audit: audit-tools ## look for known vulnerabilities in the locked requirements
+	scripts/audit .venv-audit/bin/pip-audit requirements/dev.txt
+
+sbom: audit-tools ## write sbom.json: what requirements/run.txt installs, in CycloneDX form
+	.venv-audit/bin/cyclonedx-py requirements requirements/run.txt --pyproject pyproject.toml \
+		--output-reproducible --output-file sbom.json
+
+audit-tools: $(VENV)/.installed
+	@$(MAKE) --no-print-directory install VENV=.venv-audit LOCK=requirements/audit.txt \
+		INSTALL="$(UV_INSTALL) .venv-audit"
+
 clean: ## remove what the other targets made, the databases of `make run` excepted
-	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* dist
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis .coverage .coverage.* dist sbom.json
 	find $(CODE) -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps say that .venv holds what the files to their right ask for. The project itself is
