@@ -377,14 +377,20 @@ async def test_names_that_no_model_has_stay_inside(db: Database) -> None:
     def note() -> None:
         Note.create(text="a")
 
+    @app.post("/by_name")
+    def by_name() -> None:
+        text = ":text" if isinstance(db, peewee.SqliteDatabase) else "%(text)s"
+        db.execute_sql(f"INSERT INTO note (note_text) VALUES ({text})", {"text": "a"})
+
     async with client(app) as http:
         for sql, status in (("VALUES (1)", 409), ("VALUES (NULL)", 422)):
             response = await http.post("/", json=f"INSERT INTO 'secret_table' {sql}")
             assert response.status_code == status
             assert [each["loc"] for each in response.json()["detail"]] == [["body"]]
-        response = await http.post("/note")
         place = ["body"] if isinstance(db, peewee.MySQLDatabase) else ["body", "text"]
-        assert (response.status_code, response.json()["detail"][0]["loc"]) == (409, place)
+        for path in ("/note", "/by_name"):
+            response = await http.post(path)
+            assert (response.status_code, response.json()["detail"][0]["loc"]) == (409, place)
 
 
 @pytest.mark.parametrize("value", [2**70, -(2**70)])

@@ -261,15 +261,16 @@ class _Statement(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> "_Statement":
-        database, sql, params = getattr(error, "statement", (None, "", ()))
+        database, sql, given = getattr(error, "statement", (None, "", ()))
+        params = given if isinstance(given, list | tuple) else ()
         match = _VERB.match(sql)
         if match is None:
-            return cls(database, sql, params or ())
+            return cls(database, sql, params)
         verb, schema, table, columns = match.groups()
         return cls(
             database,
             sql,
-            params or (),
+            params,
             verb.upper(),
             schema and _unquote(schema),
             _unquote(table),
