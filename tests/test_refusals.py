@@ -7,6 +7,7 @@ import peewee
 import pymysql
 import pytest
 from fastapi import Body
+from pydantic import BaseModel
 
 from fastapi_peewee import Database, InTransaction, connect
 from fastapi_peewee.refusals import refused_fields
@@ -423,6 +424,55 @@ async def test_a_number_that_sqlite_has_no_place_for(sqlite_url: str, value: int
                 for refused in (await http.get(f"/{value}"), await http.post(f"/{value}")):
                     assert refused.status_code == 422
                     assert refused.json()["detail"][0]["type"] == "data"
+
+
+@pytest.mark.parametrize("options", [{}, {"inline_reads": 0.01}], ids=["threads", "inline"])
+async def test_a_search_for_what_no_column_holds(
+    database_url: str, options: dict[str, Any]
+) -> None:
+    """It is refused with 422 or finds nothing, whichever way the query is read, the first time and
+    when its SQL is known."""
+    if options and not database_url.startswith("sqlite"):
+        pytest.skip("inline_reads is SQLite's")
+    async with connected(database_url, **options) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField(default="")
+            number = peewee.IntegerField(default=1)
+
+        class NoteOut(BaseModel):
+            text: str
+
+        await db.acreate_tables([Note])
+        await Note.acreate(text="a")
+        searched = {
+            "text": Note.text == "a",
+            "a surrogate": Note.text == "\ud800",
+            "NUL": Note.text == "\0",
+            "number": Note.number == 1,
+            "65 bits": Note.number == 2**63,
+            "71 bits": Note.number == -(2**70),
+            "limit": None,
+        }
+        app = make_app(db)
+
+        def sync(name: str) -> Any:
+            where = searched[name]
+            return Note.select().limit(2**63 - 1) if where is None else Note.select().where(where)
+
+        async def asynchronous(name: str) -> Any:
+            return sync(name)
+
+        app.get("/def/{name}", response_model=list[NoteOut])(sync)
+        app.get("/async/{name}", response_model=list[NoteOut])(asynchronous)
+        async with client(app) as http:
+            for path in ("/def", "/async"):
+                for name in (*searched, *searched):
+                    response = await http.get(f"{path}/{name}")
+                    if name in ("text", "number", "limit"):
+                        assert (response.status_code, response.json()) == (200, [{"text": "a"}])
+                    elif response.status_code != 422:
+                        assert (response.status_code, response.json()) == (200, []), name
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])

@@ -89,7 +89,7 @@ class InlineReader:
                 return None
             self._deadline = self._clock() + self._limit
             return conn.execute(sql, params).fetchall()
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
                 if len(self._avoided) >= _REMEMBERED:
                     self._avoided.clear()
