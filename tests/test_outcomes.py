@@ -15,7 +15,7 @@ from fastapi_peewee import (
     TransactionAborted,
     connect,
 )
-from fastapi_peewee.handlers import kind_of
+from fastapi_peewee.refusals import kind_of
 from fastapi_peewee.outcomes import READS
 from soak.proxy import Proxy
 from tests.apps import BLOCKS, client, make_app
