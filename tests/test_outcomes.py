@@ -15,8 +15,8 @@ from fastapi_peewee import (
     TransactionAborted,
     connect,
 )
-from fastapi_peewee.refusals import kind_of
 from fastapi_peewee.outcomes import READS
+from fastapi_peewee.refusals import kind_of
 from soak.proxy import Proxy
 from tests.apps import BLOCKS, client, make_app
 from tests.apps import connected as open_database

@@ -321,10 +321,6 @@ class Database(Outcomes):
         finally:
             self.pool.transaction(self._state.lease(), begun=False)
 
-    def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
-        with self.waiting():
-            return super()._execute_cursor(sql, params, **options)
-
     # Using a lease.
 
     def execute(self, query: Any, **context_options: Any) -> Any:
@@ -350,7 +346,8 @@ class Database(Outcomes):
 
     def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
         try:
-            return super()._execute_cursor(sql, params, **options)
+            with self.waiting():
+                return super()._execute_cursor(sql, params, **options)
         except (peewee.DatabaseError, *_UNSENDABLE) as error:
             refused: Any = error
             # What can't be sent, a lone surrogate or (SQLite) an integer of more than 64 bits,

@@ -48,8 +48,7 @@ class Peewee:
             db = db.obj
         if not isinstance(db, peewee.Database):
             raise TypeError(  # not the thing itself, which may be a URL with its password
-                "Peewee() takes a database, as `connect(url)` makes one, initialised if it is a "
-                f"proxy; got: {type(db).__name__}"
+                f"Peewee() takes a database, initialised if it is a proxy; got: {type(db).__name__}"
             )
         if not isinstance(db._state, PeeweeConnectionState):
             db._state = PeeweeConnectionState()

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import peewee
 
-from .exceptions import OutcomeUnknown, PoolError, TransactionAborted
+from .exceptions import OutcomeUnknown, PoolError, TransactionAborted, driver_error
 from .state import RequestScope
 from .values import max_length
 
@@ -86,7 +86,7 @@ def kind_of(error: Exception) -> Kind | None:
     if isinstance(error, TransactionAborted):
         ended_by = kind_of(error.__cause__) if isinstance(error.__cause__, Exception) else None
         return ended_by if ended_by in ("busy", "unavailable", "full") else None
-    cause = _driver_error(error)
+    cause = driver_error(error)
     if type(cause).__module__.startswith("pymysql"):
         code = cause.args[0] if cause.args else None
         if not isinstance(code, int):  # the driver's own refusal: NaN and the infinite
@@ -107,20 +107,6 @@ def kind_of(error: Exception) -> Kind | None:
     return None
 
 
-def _driver_error(error: BaseException) -> Any:
-    return [*_wrapped(error)][-1]
-
-
-def _wrapped(error: Any) -> Iterator[Any]:
-    """An error, the one that it keeps, and so on: the last is the driver's.
-
-    Peewee's own error keeps the driver's; one that came through two of its wrappers, one of its.
-    """
-    while error is not None:
-        yield error
-        error = getattr(error, "orig", None)
-
-
 def _is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
@@ -133,7 +119,7 @@ def refused_fields(error: Exception, kind: Kind) -> list[Any]:
     statement = _Statement.of(error)
     if kind == "reference" and statement.verb == "DELETE":
         return []
-    cause = _driver_error(error)
+    cause = driver_error(error)
     if hasattr(cause, "diag"):
         found = _from_postgres(cause.diag, statement)
     elif hasattr(cause, "sqlite_errorcode"):
