@@ -210,8 +210,8 @@ MUTANTS = [
     Mutant(
         "a connection goes back with an answer on its way",
         (
-            Edit("backends", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),
-            Edit("backends", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"),
+            Edit("postgresql", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),
+            Edit("postgresql", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"),
         ),
         "tests/test_cancellation_databases.py -k event_loop",
     ),

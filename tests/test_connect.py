@@ -11,8 +11,10 @@ import peewee
 import pytest
 
 from fastapi_peewee import BlockingQueryWarning, PoolStats, connect
-from fastapi_peewee.backends import MySQLDatabase, PostgresqlDatabase, SqliteDatabase
 from fastapi_peewee.database import changes_session
+from fastapi_peewee.mysql import MySQLDatabase
+from fastapi_peewee.postgresql import PostgresqlDatabase
+from fastapi_peewee.sqlite import SqliteDatabase
 
 
 @pytest.mark.parametrize(

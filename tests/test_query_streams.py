@@ -28,8 +28,8 @@ from fastapi_peewee import (
     prepared,
     respond,
 )
-from fastapi_peewee.backends import MySQLDatabase
 from fastapi_peewee.loading import Plans
+from fastapi_peewee.mysql import MySQLDatabase
 from fastapi_peewee.responses import _Pipe
 from tests.apps import back_to_rest, client, connected, make_app, refusal, walk_away
 from tests.apps import db as db

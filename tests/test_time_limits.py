@@ -11,7 +11,8 @@ import peewee
 import pytest
 
 from fastapi_peewee import Database
-from fastapi_peewee.backends import MySQLDatabase, PostgresqlDatabase
+from fastapi_peewee.mysql import MySQLDatabase
+from fastapi_peewee.postgresql import PostgresqlDatabase
 from soak.faults import sessions
 from soak.looking import plain_database
 from soak.proxy import Proxy

@@ -1,0 +1,174 @@
+"""MySQL and MariaDB through PyMySQL: sessions, unbuffered cursors, what was lost."""
+
+import functools
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import peewee
+
+from .database import Database, NotBuilt, encoded
+from .drivers import cause_of, isolation, readable, shut_down
+from .state import Lease, translate_driver_errors
+
+#: Lock wait time-out, deadlock, and MariaDB's "record has changed since last read".
+_TRANSIENT = (1205, 1213, 1020)
+
+#: Errors with which the server, or PyMySQL in its place, ends a connection.
+_FAREWELLS = (0, 1053, 1927, 2006, 2013, 2055)
+
+#: Warnings: "cut by JSON_ARRAYAGG()", "larger than max_allowed_packet".
+_CUT = (1260, 1301)
+
+
+@functools.cache
+def _unbuffered_cursor() -> type[Any]:
+    """PyMySQL's unbuffered cursor, except that it doesn't read on from a lost connection."""
+    from pymysql.cursors import SSCursor
+
+    class UnbufferedCursor(SSCursor):
+        def close(self) -> None:
+            result: Any = self._result  # type: ignore[attr-defined]
+            if result is not None and result.connection is not None and not result.connection.open:
+                result.unbuffered_active = False  # its `__del__` would read on, too
+            super().close()
+
+        __del__ = close
+
+    return UnbufferedCursor
+
+
+class MySQLDatabase(Database, peewee.MySQLDatabase):
+    """MySQL and MariaDB through PyMySQL."""
+
+    def init(self, database: str, **kwargs: Any) -> None:
+        kwargs.setdefault("connect_timeout", 5)
+        # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
+        self._read_timeout = kwargs.get("read_timeout")
+        kwargs.setdefault("read_timeout", kwargs["connect_timeout"])
+        super().init(database, **kwargs)
+
+    def _connect(self) -> Any:
+        conn = super()._connect()
+        conn._read_timeout = self._read_timeout
+        return conn
+
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        if statement_timeout is None:
+            return
+        if self.mariadb:
+            conn.query(f"SET SESSION max_statement_time = {statement_timeout:f}")
+        else:  # for SELECT only
+            conn.query(f"SET SESSION max_execution_time = {math.ceil(statement_timeout * 1000)}")
+
+    def interrupt(self, conn: Any) -> bool:
+        try:
+            with closing(self._connect()) as other:
+                other.query(f"KILL QUERY {conn.thread_id()}")
+        except Exception:
+            self.cut(conn)  # the server is away, or frozen
+        return False  # what comes too late would end the next statement
+
+    def cut(self, conn: Any) -> None:
+        shut_down(conn._sock.fileno())
+
+    def _set_server_version(self, conn: Any) -> None:
+        super()._set_server_version(conn)
+        version = conn.get_server_info()
+        self.mariadb: bool = self.mariadb or "maria" in version.lower()
+
+    def _initialize_connection(self, conn: Any) -> None:
+        super()._initialize_connection(conn)
+        # JSON_ARRAYAGG cuts what is longer, by default 1 MiB; now only max_allowed_packet does.
+        conn.query(f"SET SESSION group_concat_max_len = {2**32 - 1}")
+
+    def texts(self, cursor: Any) -> Sequence[bytes]:
+        rows = cursor.fetchall()
+        self.check_end(cursor, True)
+        return encoded(rows)
+
+    def check_end(self, cursor: Any, whole: bool) -> None:
+        if not cursor.warning_count:
+            return
+        warnings = self.cursor()
+        warnings.execute("SHOW WARNINGS")
+        if any(code in _CUT for _, code, _ in warnings.fetchall()):
+            if whole:
+                raise NotBuilt
+            raise peewee.DataError(
+                "A row of this stream is larger than the server's max_allowed_packet, so that its "
+                "JSON was cut. Raise max_allowed_packet, or send fewer rows within a row."
+            )
+
+    def drop_unread(self) -> None:
+        # It can't be told to stop, and closing the cursor would read to the end.
+        conn = self._state.conn
+        if conn._result is not None and conn._result.unbuffered_active:
+            conn._result.unbuffered_active = False
+            conn._force_close()
+
+    def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
+        if not read_only:
+            super().begin(isolation(isolation_level))
+            return
+        with self.waiting(), translate_driver_errors:
+            cursor = self.cursor()
+            if isolation_level:
+                cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation(isolation_level)}")
+            cursor.execute("START TRANSACTION READ ONLY")
+
+    def cursor(self, named_cursor: Any = None) -> Any:
+        cursor = super().cursor()
+        if not named_cursor:
+            return cursor
+        return self._state.conn.cursor(_unbuffered_cursor())
+
+    def is_open(self, conn: Any) -> bool:
+        if not conn.open:
+            return False
+        if conn._result is not None and conn._result.unbuffered_active:
+            return True  # rows are on their way
+        # Unasked, a server says nothing but farewell.
+        return not readable(conn._sock)
+
+    def lost(self, conn: Any, error: Exception) -> bool:
+        return _mysql_code(error) in _FAREWELLS or not self.is_open(conn)
+
+    def ended(self, conn: Any, error: Exception) -> bool:
+        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
+
+        if not self.transient(error):
+            return False
+        try:
+            conn.query(
+                "DO 0"
+            )  # an error's packet doesn't say whether the transaction is still open
+        except Exception:
+            return True
+        return not conn.server_status & SERVER_STATUS_IN_TRANS
+
+    def transient(self, error: BaseException | None) -> bool:
+        return _mysql_code(error) in _TRANSIENT
+
+    def is_alive(self, conn: Any) -> bool:
+        try:
+            conn.ping(reconnect=False)
+        except Exception:
+            return False
+        return True
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
+
+        if not conn.open or lease.tainted:
+            return False
+        if conn.server_status & SERVER_STATUS_IN_TRANS:
+            conn.rollback()
+        return True
+
+
+def _mysql_code(error: BaseException | None) -> Any:
+    cause = cause_of(error)
+    known = type(cause).__module__.startswith("pymysql") and cause.args
+    return cause.args[0] if known else None

@@ -1,0 +1,212 @@
+"""PostgreSQL through psycopg 3: sessions, cursors of the server's, what was lost."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from threading import get_ident
+from typing import Any
+
+import peewee
+
+from .blocks import Atomic
+from .database import Database
+from .drivers import cause_of, isolation, readable, shut_down
+from .libpq import Statements
+from .state import Lease, forbid_lazy_load, translate_driver_errors
+
+# What DISCARD ALL does, in the order of its manual page, but for the prepared statements: psycopg
+# has made most of them, and goes on using them. Returns the number of those that it hasn't made.
+_RESET = (
+    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;"
+    b"SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;"
+    b"SELECT count(*) FROM pg_prepared_statements WHERE from_sql"
+)
+
+
+_cursors = itertools.count(1)
+
+#: Seconds to wait until the server has ended a statement that is interrupted.
+_CANCEL_TIMEOUT = 2.0
+
+
+class _Fetching:
+    """A cursor of the server's, as Peewee reads it, row by row: fetched many at a time."""
+
+    def __init__(self, db: Database, cursor: Any) -> None:
+        self._db = db
+        self._cursor = cursor
+        self._rows: Iterator[Any] = iter(())
+        self.description = cursor.description
+
+    def fetchone(self) -> Any:
+        row = next(self._rows, None)
+        if row is None and not self._cursor.closed:
+            with self._db.waiting(), translate_driver_errors:
+                self._rows = iter(self._cursor.fetchmany(100))
+            row = next(self._rows, None)
+            if row is None:
+                self._cursor.close()
+        return row
+
+    def close(self) -> None:
+        """Peewee closes when a half-read query is collected: see `Lease.server_cursors`."""
+
+
+def _statements(lease: Lease) -> Statements:
+    held = lease.root.held
+    if held.statements is None:
+        held.statements = Statements(held.conn)
+    statements: Statements = held.statements
+    return statements
+
+
+class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
+    """PostgreSQL through psycopg 3, also where psycopg2 is installed."""
+
+    def init(self, database: str, **kwargs: Any) -> None:
+        kwargs.setdefault("connect_timeout", 5)
+        kwargs.setdefault("client_encoding", "UTF8")
+        super().init(database, **{**kwargs, "prefer_psycopg3": True})
+
+    def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
+        if not read_only:
+            super().begin(isolation(isolation_level))
+            return
+        default = self._adapter.isolation_level_str(self._isolation_level)
+        level = isolation(isolation_level or default)
+        with self.waiting(), translate_driver_errors:
+            self.cursor().execute(f"BEGIN {f'ISOLATION LEVEL {level} ' if level else ''}READ ONLY")
+
+    def taints(self, sql: str) -> bool:
+        # What SET LOCAL sets ends with the transaction; on MySQL it is for the session.
+        return not (sql.startswith("SET LOCAL ") and ";" not in sql) and super().taints(sql)
+
+    def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
+        lease = self._state.lease()
+        if lease is not None and lease.owner == get_ident() and self._unwatched(sql):
+            forbid_lazy_load()
+            self._state.guard()
+            with self.waiting():
+                texts = _statements(lease).texts(sql, params)
+            if texts is not None:
+                return texts
+        return super().read_texts(sql, params)
+
+    async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
+        if self._state.lease() is not None or not self._unwatched(sql):
+            return None
+        lease = await self.pool.acquire()
+        try:
+            if not self.pool.connect_at_once(lease):
+                return None
+            try:
+                with self.pool.waiting(lease), translate_driver_errors:
+                    return await _statements(lease).atexts(sql, params)
+            except peewee.DatabaseError:
+                raise
+            except BaseException as error:  # cancelled: an answer may be on its way
+                lease.held.conn.close()
+                if isinstance(error, NotImplementedError):
+                    return None
+                raise
+        finally:
+            self.pool.give_back(lease)
+
+    def _unwatched(self, sql: str) -> bool:
+        """Whether nobody wants to see it, and it leaves the session as it was."""
+        return not self.watched and not self.taints(sql)
+
+    def texts(self, cursor: Any) -> list[bytes]:
+        result = cursor.pgresult  # as libpq has them: unread, in UTF-8
+        return [result.get_value(i, 0) for i in range(result.ntuples)]
+
+    def reading(self) -> Atomic:
+        return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
+
+    def cursor(self, named_cursor: Any = None) -> Any:
+        cursor = super().cursor()
+        if not named_cursor:
+            return cursor
+        cursor = self._state.conn.cursor(f"fastapi_peewee_{next(_cursors)}")
+        lease = self._state.lease()
+        if lease is not None:
+            lease.root.server_cursors.append(cursor)
+        return cursor
+
+    def open_rows(self, query: Any) -> Any:
+        sql, params = self.get_sql_context().parse(query)
+        self._taint(sql)
+        cursor = self._execute_cursor(sql, params, named_cursor=True)
+        return iter(query._get_cursor_wrapper(_Fetching(self, cursor)).iterator())
+
+    def is_open(self, conn: Any) -> bool:
+        if conn.closed:
+            return False
+        try:
+            # What the server said before it hung up comes first; a notice may be all of it.
+            for _ in range(2):
+                if not readable(conn.pgconn.socket):
+                    return True
+                conn.pgconn.consume_input()
+                conn.pgconn.is_busy()
+        except Exception:
+            return False
+        return not conn.closed
+
+    def lost(self, conn: Any, error: Exception) -> bool:
+        diagnostic = getattr(cause_of(error), "diag", None)
+        farewell = getattr(diagnostic, "severity_nonlocalized", None) in ("FATAL", "PANIC")
+        return farewell or not self.is_open(conn)
+
+    def transient(self, error: BaseException | None) -> bool:
+        return getattr(cause_of(error), "sqlstate", None) in ("40001", "40P01")
+
+    def failed(self, conn: Any) -> bool:
+        from psycopg.pq import TransactionStatus
+
+        return bool(conn.pgconn.transaction_status == TransactionStatus.INERROR)
+
+    def is_alive(self, conn: Any) -> bool:
+        try:
+            conn.execute("SELECT 1")
+        except Exception:
+            return False
+        return True
+
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        settings = []
+        if statement_timeout is not None:
+            settings.append(f"statement_timeout = {math.ceil(statement_timeout * 1000)}")
+        if conn.info.server_version >= 140000:
+            # Else a statement runs on when its client has gone.
+            settings.append("client_connection_check_interval = 1000")
+        for setting in settings:  # a server on a system that can't check refuses the second
+            conn.pgconn.exec_(f"SET {setting}".encode())
+
+    def interrupt(self, conn: Any) -> bool:
+        try:
+            conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
+        except Exception:
+            self.cut(conn)  # the server is away, or frozen
+        return True
+
+    def cut(self, conn: Any) -> None:
+        shut_down(conn.pgconn.socket)
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        from psycopg.pq import ExecStatus, TransactionStatus
+
+        status = conn.pgconn.transaction_status
+        try:
+            if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+                conn.rollback()
+            elif status != TransactionStatus.IDLE:
+                return False
+        finally:
+            for cursor in lease.server_cursors:
+                cursor.close()  # outside of a transaction that asks nothing of the server
+        if not lease.tainted:
+            return True
+        result = conn.pgconn.exec_(_RESET)
+        self.prepare_session(conn, self.pool.statement_timeout)
+        return result.status == ExecStatus.TUPLES_OK and result.get_value(0, 0) == b"0"

@@ -1,0 +1,252 @@
+"""SQLite: how it is opened, begins to write, and is cleaned; who writes next."""
+
+import asyncio
+import functools
+import math
+import sqlite3
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import peewee
+
+from .database import Database, encoded
+from .drivers import ISOLATION_LEVELS, cause_of, isolation
+from .inline import InlineReader
+from .outcomes import READS
+from .state import Lease, translate_driver_errors
+from .writers import Returned, Writers
+
+
+class SqliteDatabase(Database, peewee.SqliteDatabase):
+    """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
+
+    def __init__(
+        self,
+        database: str,
+        pragmas: Any = None,
+        *,
+        busy_timeout: float = 5.0,
+        inline_reads: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if not float(inline_reads) >= 0:
+            raise ValueError(f"inline_reads must be seconds, 0 or more, got: {inline_reads!r}")
+        # A transaction that reads first and then writes can't wait for another writer: SQLite
+        # fails it at once (SQLITE_BUSY_SNAPSHOT). So the write lock is taken at the beginning.
+        kwargs.setdefault("lock_type", "IMMEDIATE")
+        self._busy_timeout = busy_timeout
+        self._writers = Writers(float(busy_timeout))
+        self._inline: InlineReader | None = None
+        if float(inline_reads):
+            self._inline = InlineReader(self.open_connection, float(inline_reads))
+        super().__init__(database, pragmas, **kwargs)
+
+    def init(self, database: str, pragmas: Any = None, **kwargs: Any) -> None:
+        self._keeper: sqlite3.Connection | None = None
+        given = dict(pragmas or self._pragmas or {})
+        defaults: dict[str, Any] = {"foreign_keys": 1}
+        if database == ":memory:":
+            # One database for all connections, until the last one of them is closed.
+            database = f"file:/fastapi-peewee-{uuid.uuid4().hex}?vfs=memdb"
+            kwargs["uri"] = True
+            self._keeper = sqlite3.connect(database, uri=True, check_same_thread=False)
+            weakref.finalize(self, self._keeper.close)
+        else:
+            defaults["journal_mode"] = "wal"
+        kwargs.setdefault("check_same_thread", False)
+        kwargs.setdefault("timeout", self._busy_timeout)
+        super().init(database, pragmas={**defaults, **given}, **kwargs)
+
+    def _connect(self) -> Any:
+        # Changing the journal mode doesn't obey the busy timeout: SQLite fails it at once if
+        # another connection is writing to a file that isn't in that mode yet.
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                return super()._connect()
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+
+    def begin(
+        self,
+        lock_type: str | None = None,
+        *,
+        isolation_level: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        if isinstance(lock_type, str) and lock_type.upper() in ISOLATION_LEVELS:
+            lock_type, isolation_level = None, lock_type
+        isolation(isolation_level)
+        lock_type = lock_type or ("DEFERRED" if read_only else self._lock_type)
+        if self._state.lease() is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
+            with translate_driver_errors:
+                self._state.writing = self._writers.enter()
+        try:
+            super().begin(lock_type)
+        except BaseException:
+            self._end_writing()
+            raise
+        if read_only:
+            self._state.read_only = True
+            self._set_query_only(1)
+
+    def commit(self) -> None:
+        super().commit()
+        self._end_writing()
+        self._end_read_only()
+
+    def rollback(self) -> None:
+        try:
+            super().rollback()
+        finally:
+            self._end_writing()
+        self._end_read_only()
+
+    def _end_writing(self) -> None:
+        gate, self._state.writing = self._state.writing, None
+        if gate is not None:
+            gate.release()
+
+    def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
+        lease = self._state.lease()
+        # The transaction's turn, a read, or a connection whose end nobody would see.
+        if lease is None or self._state.writing is not None or READS.match(sql) is not None:
+            return super()._execute_cursor(sql, params, **options)
+        conn = None if lease.root.held is None else lease.root.held.conn
+        if conn is None or conn.in_transaction:
+            return super()._execute_cursor(sql, params, **options)
+        with translate_driver_errors:
+            gate = self._writers.enter()
+        try:
+            cursor = super()._execute_cursor(sql, params, **options)
+            with translate_driver_errors:
+                return cursor if cursor.description is None else Returned(cursor)
+        finally:
+            gate.release()
+
+    def _end_read_only(self) -> None:
+        if getattr(self._state, "read_only", False):
+            self._set_query_only(0)
+            self._state.read_only = False
+
+    def _set_query_only(self, value: int) -> None:
+        # Around `execute_sql` of ours, which would take the session for changed.
+        peewee.Database.execute_sql(self, f"PRAGMA query_only = {value}")
+
+    def cursor(self, named_cursor: Any = None) -> Any:
+        cursor = super().cursor(named_cursor)
+        lease = self._state.lease()
+        if lease is not None:
+            root = lease.root
+            if root.cursors is None:
+                root.cursors = weakref.WeakSet()
+            root.cursors.add(cursor)
+        return cursor
+
+    def _initialize_connection(self, conn: Any) -> None:
+        super()._initialize_connection(conn)
+        conn.create_function("fastapi_peewee_float", 1, _json_float, deterministic=True)
+
+    async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
+        inline = self._inline
+        if inline is None or self._state.lease() is not None or self.watched:
+            return None
+        if not inline.ready:
+            await asyncio.to_thread(inline.open)
+        rows = inline.read(sql, params)
+        return None if rows is None else encoded(rows)
+
+    def close_all(self) -> None:
+        super().close_all()
+        if self._inline is not None:
+            self._inline.close()
+
+    def refuses_json(self, error: Exception) -> bool:
+        return "JSON" in str(error)  # "JSON cannot hold BLOB values", "malformed JSON"
+
+    def open_rows(self, query: Any) -> Any:
+        rows = super().open_rows(query)
+        # A half-read query of a database in memory would keep all writers out.
+        return rows if self._keeper is None else iter(list(rows))
+
+    def is_open(self, conn: Any) -> bool:
+        return True
+
+    def is_alive(self, conn: Any) -> bool:
+        return True
+
+    def lost(self, conn: Any, error: Exception) -> bool:
+        return False
+
+    def ended(self, conn: Any, error: Exception) -> bool:
+        return not conn.in_transaction  # the disk is full, or can't be read
+
+    def transient(self, error: BaseException | None) -> bool:
+        code = getattr(cause_of(error), "sqlite_errorcode", 0)
+        return bool(code & 0xFF == sqlite3.SQLITE_BUSY)
+
+    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        if statement_timeout is not None and statement_timeout < self._busy_timeout:
+            # While SQLite waits for a lock, it can't be interrupted.
+            conn.execute(f"PRAGMA busy_timeout = {math.ceil(statement_timeout * 1000)}")
+
+    def interrupt(self, conn: Any) -> bool:
+        conn.interrupt()
+        return True
+
+    def cut(self, conn: Any) -> None:
+        conn.interrupt()
+
+    def clean(self, conn: Any, lease: Lease) -> bool:
+        try:
+            return self._clean(conn, lease)
+        finally:
+            gate = lease.state.get("writing")
+            if gate is not None:
+                gate.release()
+
+    def _clean(self, conn: Any, lease: Lease) -> bool:
+        for cursor in lease.cursors or ():
+            cursor.close()  # one that is half read keeps the connection on an old snapshot
+        if conn.in_transaction:
+            conn.rollback()
+        return not lease.tainted and not lease.state.get("read_only")
+
+
+def _json_float(value: Any) -> str | None:
+    """A float as JSON has it: SQLite prints 15 digits, which is another number, and `Inf`."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return repr(float(value)) if isinstance(value, float | int) else "?"  # no JSON: see json_sql
+
+
+# Functions, collations and attached files belong to connections: those that exist lack new ones.
+def _renewing(name: str) -> Any:
+    method = getattr(peewee.SqliteDatabase, name)
+
+    @functools.wraps(method)
+    def renewing(self: SqliteDatabase, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if hasattr(self, "pool"):
+            self.close_all()
+        return result
+
+    return renewing
+
+
+for _name in (
+    "attach",
+    "detach",
+    "load_extension",
+    "register_aggregate",
+    "register_collation",
+    "register_function",
+    "register_window_function",
+):
+    setattr(SqliteDatabase, _name, _renewing(_name))
