@@ -211,7 +211,9 @@ MUTANTS = [
         "a connection goes back with an answer on its way",
         (
             Edit("postgresql", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),
-            Edit("postgresql", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"),
+            Edit(
+                "postgresql", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"
+            ),
         ),
         "tests/test_cancellation_databases.py -k event_loop",
     ),

@@ -31,6 +31,8 @@ ORDER = [
     "outcomes",
     "retries",
     "verbs",
+    "async_names",
+    "reads",
     "database",
     "libpq",
     "inline",

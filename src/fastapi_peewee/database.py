@@ -9,19 +9,19 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import islice
 from threading import get_ident
 from typing import Any, ParamSpec, TypeVar, overload
 
 import peewee
 
+from .async_names import AsyncNames
 from .blocks import Atomic, LeaseContext, Savepoint, Transaction
-from .calls import Call, detached, result_of, run_follow_ups
-from .outcomes import Outcomes
+from .calls import Call, result_of, run_follow_ups
 from .pool import Pool, PoolStats
+from .reads import Reads
 from .retries import Backoff, Retrying, retrying
 from .sql_cache import SqlCache
 from .state import (
@@ -44,19 +44,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _UNSENDABLE = OverflowError, UnicodeEncodeError
 
 
-class NotBuilt(Exception):
-    """The database couldn't build the JSON of these rows, as it turned out."""
-
-
-def encoded(rows: Sequence[Any]) -> list[bytes]:
-    """The rows' first column, which is JSON. MariaDB says NULL where it would be too long."""
-    try:
-        return [row[0].encode() for row in rows]
-    except AttributeError as error:
-        raise NotBuilt from error
-
-
-class Database(Outcomes):
+class Database(AsyncNames, Reads):
     """What `connect()` returns: a Peewee database for threads and tasks alike.
 
     All of Peewee works on it. Beyond Peewee it has `run` and the other `async` methods,
@@ -473,170 +461,6 @@ class Database(Outcomes):
             return await self.call(partial(fn, *args, **kwargs))
         return await again.on_loop(fn, lambda once: again.db.call(partial(once, *args, **kwargs)))
 
-    # The names of playhouse.pwasyncio.
-
-    async def aexecute_sql(self, sql: str, params: Any = None) -> "Rows":
-        """Run a statement and read all its rows."""
-        return await self.run(lambda: Rows(self.execute_sql(sql, params)))
-
-    async def aexecute(self, query: Any) -> Any:
-        query.bind(self)
-        return await self.run(query.execute)
-
-    async def get(self, query: Any) -> Any:
-        return await self._database_of(query).run(query.get)
-
-    async def first(self, query: Any, n: int = 1) -> Any:
-        return await self._database_of(query).run(query.first, n=n)
-
-    async def list(self, query: Any) -> list[Any]:
-        return await self._database_of(query).run(list, query)
-
-    async def scalar(self, query: Any) -> Any:
-        return await self._database_of(query).run(query.scalar)
-
-    async def count(self, query: Any) -> int:
-        return await self._database_of(query).run(query.count)
-
-    async def exists(self, query: Any) -> bool:
-        return await self._database_of(query).run(query.exists)
-
-    async def aprefetch(self, query: Any, *subqueries: Any) -> Any:
-        return await self._database_of(query).run(peewee.prefetch, query, *subqueries)
-
-    def _database_of(self, query: Any) -> "Database":
-        """The database that a query is bound to; this one if it is to none."""
-        db = query._database
-        if isinstance(db, peewee.Proxy):
-            db = db.obj
-        if db is None:
-            query.bind(self)
-            return self
-        if not isinstance(db, Database):
-            raise peewee.InterfaceError(
-                f"The query is bound to a {type(db).__name__}, which has no async methods. Make "
-                "its database with `fastapi_peewee.connect(url)`."
-            )
-        return db
-
-    async def aconnect(self) -> None:
-        """Hold a connection for this task, until `aclose()` or the end of the task."""
-        if self._state.bound_lease() is not None:
-            return
-        await self.__aenter__()
-        context: LeaseContext = self._state.ctx[-1]
-        context.until_aclose = True
-        task = asyncio.current_task()
-        assert task is not None
-        task.add_done_callback(lambda _: detached(context.abandon()))
-
-    async def aclose(self) -> None:
-        """Give back what `aconnect()` holds. What a block around this code holds is the block's.
-
-        Raises:
-            peewee.OperationalError: a transaction is open.
-        """
-        if self._state.bound_lease() is None:
-            return
-        if self.in_transaction():
-            raise peewee.OperationalError("Attempting to close database while transaction is open.")
-        if getattr(self._state.ctx[-1], "until_aclose", False):
-            await self.__aexit__(None, None, None)
-
-    async def iterate(self, query: Any, buffer_size: int = 100) -> AsyncGenerator[Any, None]:
-        """Yield a query's rows, read `buffer_size` at a time.
-
-        Inside a block it reads through that block's connection. Otherwise it holds one of its own
-        until it is exhausted or closed, which the loop's body does not use: leave the loop early
-        only with `contextlib.aclosing`.
-        """
-        query.bind(self)
-        lease = self._state.bound_lease()  # not the request's, which goes back before a stream
-        block = self.reading() if lease is None else None
-        if block is not None:
-            # A generator shares its consumer's context: what is bound here would be seen there.
-            lease = await block.aenter_unbound()
-        assert lease is not None
-        try:
-            rows = await self._call_under(lease, partial(self.open_rows, query))
-            next_rows = partial(_take, rows, buffer_size)
-            while chunk := await self._call_under(lease, next_rows):
-                for row in chunk:
-                    yield row
-        finally:
-            if block is not None:
-                await block.aexit_unbound()
-
-    def reading(self) -> LeaseContext | Atomic:
-        """The block in which `iterate` reads."""
-        return self.connection_context()
-
-    def open_rows(self, query: Any) -> Any:
-        """An iterator over a query's rows that doesn't keep those it has passed."""
-        return iter(query.iterator(self))
-
-    def stream(self, sql: str, params: Any, size: int) -> Iterator[Sequence[Any]]:
-        """Run a statement and yield its rows, `size` at a time; the server keeps the others."""
-        with self.reading():
-            self._taint(sql)
-            cursor = self._execute_cursor(sql, params, named_cursor=True)
-            whole = True
-            with translate_driver_errors:
-                try:
-                    while True:
-                        with self.waiting():
-                            rows = cursor.fetchmany(size)
-                        if len(rows) < size:
-                            self.check_end(cursor, whole)
-                        if not rows:
-                            break
-                        yield rows
-                        whole = False
-                finally:
-                    cursor.close()
-
-    def check_end(self, cursor: Any, whole: bool) -> None:
-        """Called when the last row of a stream has been read; `whole`: none was yielded before.
-
-        Raises:
-            NotBuilt: as `read_texts()`. Nothing was yielded yet.
-            peewee.DataError: the same, too late.
-        """
-
-    def drop_unread(self) -> None:
-        """Called when a stream is given up, outside of any transaction but its own."""
-
-    def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
-        """Run a statement whose rows are one text each; return these, in UTF-8.
-
-        Raises:
-            NotBuilt: the database couldn't put all of a row into it.
-        """
-        return self.texts(self.execute_sql(sql, params))
-
-    async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
-        """The same on the event loop, without a thread; None where that can't be, or not now."""
-        return None
-
-    @property
-    def watched(self) -> bool:
-        """Whether somebody wants to see each statement, as Peewee's hooks or its log show it."""
-        return bool(self.query_hooks) or peewee.logger.isEnabledFor(logging.DEBUG)
-
-    def texts(self, cursor: Any) -> Sequence[bytes]:
-        """The first column of all rows of a cursor."""
-        return encoded(cursor.fetchall())
-
-    def refuses_json(self, error: Exception) -> bool:
-        """Whether a statement failed since JSON can't hold a value, or since a value isn't JSON."""
-        return False
-
-    async def acreate_tables(self, *args: Any, **kwargs: Any) -> None:
-        await self.run(self.create_tables, *args, **kwargs)
-
-    async def adrop_tables(self, *args: Any, **kwargs: Any) -> None:
-        await self.run(self.drop_tables, *args, **kwargs)
-
     async def close_pool(self, grace: float = 10.0) -> bool:
         """Wait at most `grace` seconds for connections in use, and close them all.
 
@@ -737,10 +561,6 @@ def changes_session(sql: str) -> bool:
     return _HARMLESS.match(sql) is None or _SETTING.search(sql) is not None
 
 
-def _take(rows: Iterator[Any], count: int) -> Sequence[Any]:
-    return tuple(islice(rows, count))
-
-
 def _is_async(fn: Any) -> bool:
     while isinstance(fn, partial):
         fn = fn.func
@@ -754,20 +574,3 @@ def _takes_retries(fn: Any) -> bool:
         return "retries" in inspect.signature(fn).parameters
     except ValueError:  # it is not written in Python
         return False
-
-
-class Rows(list[Any]):
-    """The rows of a cursor, read to its end, and what else it knew."""
-
-    def __init__(self, cursor: Any) -> None:
-        super().__init__(cursor.fetchall() if cursor.description else [])
-        self.description = cursor.description
-        self.rowcount: int = cursor.rowcount
-        self.lastrowid = getattr(cursor, "lastrowid", None)
-
-    def fetchall(self) -> list[Any]:
-        return list(self)
-
-    def fetchone(self) -> Any:
-        """The next row, or None; as from a cursor, it is then no longer there."""
-        return self.pop(0) if self else None

@@ -13,9 +13,10 @@ import peewee
 from peewee import Model
 
 from .columns import base_model
-from .database import Database, NotBuilt
+from .database import Database
 from .plans import Compiled, JsonPlan, Plan, Texts, plan
 from .reading import complete
+from .reads import NotBuilt
 from .response_types import Response
 from .shapes import Shape, shape_of
 from .templates import with_values

@@ -8,8 +8,9 @@ from typing import Any
 
 import peewee
 
-from .database import Database, NotBuilt, encoded
+from .database import Database
 from .drivers import cause_of, isolation, readable, shut_down
+from .reads import NotBuilt, encoded
 from .state import Lease, translate_driver_errors
 
 #: Lock wait time-out, deadlock, and MariaDB's "record has changed since last read".

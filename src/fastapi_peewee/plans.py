@@ -18,10 +18,10 @@ import peewee
 from peewee import SQL, BaseModelSelect
 
 from .columns import Narrowed, Unplannable, base_model, check, check_relations, completed
-from .database import NotBuilt, encoded
 from .exceptions import SchemaError
 from .json_sql import NoJson, writer
 from .reading import complete, count_relations, dictionaries, one_snapshot
+from .reads import NotBuilt, encoded
 from .response_types import Response
 from .shapes import Shape
 from .state import translate_driver_errors

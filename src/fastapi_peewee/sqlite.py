@@ -12,10 +12,11 @@ from typing import Any
 
 import peewee
 
-from .database import Database, encoded
+from .database import Database
 from .drivers import ISOLATION_LEVELS, cause_of, isolation
 from .inline import InlineReader
 from .outcomes import READS
+from .reads import encoded
 from .state import Lease, translate_driver_errors
 from .writers import Returned, Writers
 
