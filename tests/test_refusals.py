@@ -439,6 +439,7 @@ async def test_a_search_for_what_no_column_holds(
         class Note(db.Model):
             text = peewee.CharField(default="")
             number = peewee.IntegerField(default=1)
+            share = peewee.FloatField(default=0.5)
 
         class NoteOut(BaseModel):
             text: str
@@ -452,6 +453,8 @@ async def test_a_search_for_what_no_column_holds(
             "number": Note.number == 1,
             "65 bits": Note.number == 2**63,
             "71 bits": Note.number == -(2**70),
+            "NaN": Note.share == float("nan"),
+            "infinite": Note.share == float("-inf"),
             "limit": None,
         }
         app = make_app(db)

@@ -247,7 +247,10 @@ class _Statement(NamedTuple):
 
     @classmethod
     def of(cls, error: Exception) -> "_Statement":
-        database, sql, given = getattr(error, "statement", (None, "", ()))
+        wrapped: Any = error  # it may have come through two of Peewee's wrappers
+        while not hasattr(wrapped, "statement") and hasattr(wrapped, "orig"):
+            wrapped = wrapped.orig
+        database, sql, given = getattr(wrapped, "statement", (None, "", ()))
         params = given if isinstance(given, list | tuple) else ()
         match = _VERB.match(sql)
         if match is None:
