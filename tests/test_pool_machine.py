@@ -102,6 +102,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.opened = self.discarded = self.timed_out = self.refused = 0
         self.draining: asyncio.Task[bool] | None = None
         self.drained_by = 0.0
+        #: When a connection was last found dead, and when an attempt at a new one last failed.
+        self.doubted_at = self.failed_at = float("-inf")
 
     # Helpers: the model's half of what happens.
 
@@ -160,13 +162,10 @@ class PoolMachine(RuleBasedStateMachine):
         conn = held.conn
         if conn is None:
             return
-        fit = not (
-            conn.worn
-            or held.lease.tainted
-            or conn.number in self.driver.dirty
-            or self.loop.now - conn.opened_at >= LIFETIME
-        )
-        if fit:
+        clean = not held.lease.tainted and conn.number not in self.driver.dirty
+        if not clean and conn.number in self.driver.dead:
+            self.doubted_at = self.loop.now
+        if clean and not conn.worn and self.loop.now - conn.opened_at < LIFETIME:
             conn.used_at = self.loop.now
             self.idle.append(conn)
         else:
@@ -225,14 +224,17 @@ class PoolMachine(RuleBasedStateMachine):
         found = None
         while self.idle and found is None:
             conn = self.idle.pop()
-            fresh = self.loop.now - conn.used_at < CHECK_AFTER
-            if fresh or conn.number not in self.driver.dead:
+            if not self.is_doubtful(conn) or conn.number not in self.driver.dead:
                 found = conn
             else:
                 self.discarded += 1
-        if found is None and self.driver.unreachable:
+                self.doubted_at = self.loop.now
+        # After a failure nobody tries for a moment, which is over when time has passed here.
+        refused = self.failed_at == self.loop.now
+        if found is None and (self.driver.unreachable or refused):
             with pytest.raises(DatabaseUnavailable):
                 self.pool.connect(held.lease)
+            self.failed_at = self.loop.now
             return
         self.pool.connect(held.lease)
         if found is None:
@@ -240,11 +242,16 @@ class PoolMachine(RuleBasedStateMachine):
             found = Conn(self.driver.opened[-1], self.loop.now, self.loop.now)
         held.conn = found
 
+    def is_doubtful(self, conn: Conn) -> bool:
+        """Whether it has to be asked before it is used."""
+        idle = self.loop.now - conn.used_at
+        return conn.used_at < self.doubted_at or idle >= CHECK_AFTER
+
     @precondition(lambda self: any(held.conn is None for held in self.leases))
     @rule(data=st.data())
     def connect_at_once(self, data: st.DataObject) -> None:
         held = data.draw(st.sampled_from([held for held in self.leases if held.conn is None]))
-        there = bool(self.idle) and self.loop.now - self.idle[-1].used_at < CHECK_AFTER
+        there = bool(self.idle) and not self.is_doubtful(self.idle[-1])
         assert self.pool.connect_at_once(held.lease) is there
         if there:
             held.conn = self.idle.pop()
