@@ -203,9 +203,10 @@ async def walk_away(app: ASGIApp, path: str, *, after: int, spec_version: str = 
     return b"".join(pieces)
 
 
-async def back_to_rest(db: Database) -> None:
-    """Wait for a pool from which nothing is lent any more; fail if that takes a second."""
-    with anyio.fail_after(1):
+async def back_to_rest(db: Database, *, within: float = 1) -> None:
+    """Wait for a pool from which nothing is lent any more; fail if that takes a second, or longer
+    than so many."""
+    with anyio.fail_after(within):
         while db.pool_stats.in_use:
             await anyio.sleep(0.001)
 

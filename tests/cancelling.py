@@ -380,7 +380,7 @@ async def cut_everywhere(
         await until_only(before)
         note = f"cut at {number}; {error!r}; {driver.statements if driver else ''}"
         # FastAPI's own threads live on when their task is cancelled, and nobody awaits them.
-        await back_to_rest(db)
+        await back_to_rest(db, within=10)
         assert (db.pool_stats.waiting, db.pool_stats.timed_out) == (0, 0), note
         # A scope cancels at each await that isn't shielded: who waits for a thread would spin.
         assert by != "scope" or cut.awaits_after <= 12, note

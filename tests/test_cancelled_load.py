@@ -88,7 +88,7 @@ async def test_cancelled_requests_leave_nothing(db: Database, database_url: str)
 
     async def rest() -> None:
         await until_only(before)
-        await back_to_rest(db)
+        await back_to_rest(db, within=30)
 
     await batch(200)  # what is made once is there
     await rest()
