@@ -21,7 +21,7 @@ from .breaker import Breaker
 from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
 from .leaks import Watch
-from .state import Lease
+from .state import Lease, translate_driver_errors
 from .watchdog import Waiting, Watchdog
 from .workers import Workers
 
@@ -294,7 +294,8 @@ class Pool:
         epoch, conn = self._epoch, None
         try:
             conn = self._opener.open_connection()
-            self._opener.prepare_session(conn, self.statement_timeout)
+            with translate_driver_errors:
+                self._opener.prepare_session(conn, self.statement_timeout)
         except BaseException as error:
             self._breaker.failed()
             if conn is not None:
