@@ -129,7 +129,8 @@ async def cut(target: Target, dice: random.Random, *, resets: bool = False) -> N
 
 async def cut_commit(target: Target, dice: random.Random, *, name: str) -> None:
     """The connection of the next COMMIT is cut, before or after it."""
-    await _for_a_while(target, dice, **{name: b"COMMIT"})
+    settings: dict[str, Any] = {name: b"COMMIT"}
+    await _for_a_while(target, dice, **settings)
 
 
 async def cut_answer(target: Target, dice: random.Random) -> None:
@@ -150,16 +151,18 @@ async def refuse(target: Target, dice: random.Random) -> None:
 
 async def swallow(target: Target, dice: random.Random) -> None:
     """Nothing comes through for a while; then the connections are cut."""
-    await _for_a_while(target, dice, swallowing=True)
+    await _for_a_while(target, dice, longest=1.0, swallowing=True)
     await cut(target, dice)
 
 
-async def _for_a_while(target: Target, dice: random.Random, **settings: Any) -> None:
+async def _for_a_while(
+    target: Target, dice: random.Random, longest: float = 0.1, **settings: Any
+) -> None:
     assert target.proxy is not None
     before = {name: getattr(target.proxy, name) for name in settings}
     for name, value in settings.items():
         setattr(target.proxy, name, value)
-    await asyncio.sleep(dice.uniform(0, 0.1))
+    await asyncio.sleep(dice.uniform(0, longest))
     for name, value in before.items():
         setattr(target.proxy, name, value)
 
@@ -195,7 +198,7 @@ async def freeze(target: Target, dice: random.Random) -> None:
     if pids := await asyncio.to_thread(processes):
         try:
             with frozen(dice.choice(pids)):
-                await asyncio.sleep(dice.uniform(0, 0.1))
+                await asyncio.sleep(dice.uniform(0, 1))
         except ProcessLookupError:
             pass  # it has just gone by itself
 

@@ -21,7 +21,7 @@ from .history import Outcome
 from .looking import plain_database
 from .proxy import Proxy
 from .servers import Server
-from .workload import Workload
+from .workload import Way, Workload
 
 _CLIENTS = 4
 #: Seconds in which a process has to begin, and a server to be of use again.
@@ -104,7 +104,7 @@ def write(url: str, first: int, pipe: Connection) -> None:
 
         async def client(sync: bool) -> None:
             for number in numbers:  # one iterator for all clients
-                outcome = await workload.transfer(random.Random(number), number, sync)
+                outcome = await workload.transfer(random.Random(number), number, Way(sync))
                 if outcome is Outcome.DONE:
                     pipe.send_bytes(b"%d" % number)
 
@@ -156,7 +156,7 @@ async def _kill_server(
     async def client(sync: bool) -> None:
         while not over:
             number = next(numbers)
-            outcome = await workload.transfer(random.Random(f"{seed}/{number}"), number, sync)
+            outcome = await workload.transfer(random.Random(f"{seed}/{number}"), number, Way(sync))
             done[outcome is Outcome.DONE] += 1
 
     async def more(count: int) -> None:

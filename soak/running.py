@@ -21,6 +21,8 @@ from .workload import Workload, levels
 
 CLIENTS = 8
 POOL_SIZE = 4
+#: Seconds that a statement may take: less than some faults last.
+STATEMENT_TIMEOUT = 0.3
 #: Seconds after which a round that has not ended is stuck.
 STUCK = 120.0
 
@@ -74,12 +76,19 @@ def target_on(database: str) -> Iterator[Target]:
     with ExitStack() as stack:
         if database == "sqlite":
             url = stack.enter_context(sqlite_url())
-            db = connect(url, pool_size=POOL_SIZE, busy_timeout=BUSY_TIMEOUT)
+            db = connect(
+                url,
+                pool_size=POOL_SIZE,
+                busy_timeout=BUSY_TIMEOUT,
+                statement_timeout=STATEMENT_TIMEOUT,
+            )
             yield Target(db, url)
             return
         server = stack.enter_context(SERVERS[database]())
         proxy = stack.enter_context(Proxy(server.url))
-        db = connect(proxy.url, pool_size=POOL_SIZE, timeout=5.0)
+        db = connect(
+            proxy.url, pool_size=POOL_SIZE, timeout=5.0, statement_timeout=STATEMENT_TIMEOUT
+        )
         yield Target(db, server.url, proxy, server)
 
 

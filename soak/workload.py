@@ -1,20 +1,22 @@
 """Transactions whose results show it if one is lost, torn or mixed up with another.
 
 Two kinds: transfers between accounts, of which every reader must see the same total; and lists,
-which transactions append to and read (see `history`). Each runs once as synchronous code in
-`db.run(…)`, once in `async with db.atomic():`.
+which transactions append to and read (see `history`). They run as synchronous code in
+`db.run(…)` or in `async with db.atomic():`, some of them with retries.
 """
 
 import asyncio
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import peewee
 
-from fastapi_peewee import Database, DatabaseUnavailable
+from fastapi_peewee import Database, DatabaseUnavailable, OutcomeUnknown
 
 from .history import FORBIDDEN, Append, Outcome, Read, Transaction, violations
 
@@ -48,6 +50,13 @@ def _forbidding(db: Database, level: str | None) -> str:
 
 
 assert {"READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"} == set(FORBIDDEN)
+
+
+class Way(NamedTuple):
+    """How a transaction is run: as synchronous code, and tried again when it was not to blame."""
+
+    sync: bool
+    retries: bool = False
 
 
 class Workload:
@@ -105,14 +114,15 @@ class Workload:
         """Operation `number`, which may be cancelled at any time. While the database is away it
         takes a moment, or none would be left for later."""
         dice = random.Random(f"{self._seed}/{number}")
-        sync = dice.random() < 0.5
+        sync, retries = dice.random() < 0.5, dice.random() < 0.3
+        way = Way(sync, retries)
         kind = dice.random()
         if kind < 0.3:
-            await self.transfer(dice, number, sync)
+            await self.transfer(dice, number, way)
         elif kind < 0.4:
-            await self._read_balances(sync)
+            await self._read_balances(way)
         else:
-            await self._use_lists(dice, number, sync)
+            await self._use_lists(dice, number, way)
 
     async def end(self) -> list[str]:
         """Everything that is wrong, once all operations are over and nothing disturbs."""
@@ -125,7 +135,7 @@ class Workload:
 
     # Transfers
 
-    async def transfer(self, dice: random.Random, number: int, sync: bool) -> Outcome:
+    async def transfer(self, dice: random.Random, number: int, way: Way) -> Outcome:
         """One transfer, of two rows in one transaction."""
         source, target = dice.sample(range(1, _ACCOUNTS + 1), 2)
         amount = dice.randint(1, _BALANCE)
@@ -144,7 +154,7 @@ class Workload:
             query.where(account.id == target).execute()
             entry.create(transfer=number, account=target, amount=amount)
 
-        outcome = await self._attempt([debit, credit], sync)
+        outcome = await self._attempt([debit, credit], way)
         self._transfers[number] = outcome
         return outcome
 
@@ -153,7 +163,7 @@ class Workload:
         if not self._serial:
             list(query.order_by(self._account.id).for_update())
 
-    async def _read_balances(self, sync: bool) -> None:
+    async def _read_balances(self, way: Way) -> None:
         """All of them, in two statements of one snapshot."""
         account, balances = self._account, dict[int, int]()
 
@@ -165,7 +175,7 @@ class Workload:
         options: dict[str, Any] = {"read_only": True}
         if not self._serial:
             options["isolation_level"] = "REPEATABLE READ"
-        if await self._attempt(steps, sync, **options) is Outcome.DONE:
+        if await self._attempt(steps, way, **options) is Outcome.DONE:
             self._check_balances(balances)
 
     def _check_balances(self, balances: dict[int, int]) -> None:
@@ -198,7 +208,7 @@ class Workload:
 
     # Lists
 
-    async def _use_lists(self, dice: random.Random, number: int, sync: bool) -> None:
+    async def _use_lists(self, dice: random.Random, number: int, way: Way) -> None:
         first = 1 + number // _TRANSACTIONS_PER_LIST
         transaction = Transaction(number)
         steps: list[Callable[[], None]] = []
@@ -213,7 +223,7 @@ class Workload:
                 steps.append(self._reading(transaction, step, key))
         options = {} if self._level is None else {"isolation_level": self._level}
         self._history.append(transaction)
-        transaction.outcome = await self._attempt(steps, sync, **options)
+        transaction.outcome = await self._attempt(steps, way, **options)
 
     def _appending(self, append: Append) -> Callable[[], None]:
         items, text = self._items, f"{append.value},"
@@ -231,38 +241,51 @@ class Workload:
     # Both
 
     async def _attempt(
-        self, steps: Sequence[Callable[[], None]], sync: bool, **options: Any
+        self, steps: Sequence[Callable[[], None]], way: Way, **options: Any
     ) -> Outcome:
-        """Run the steps in a transaction. Nothing is known of one that failed while it ended."""
+        """Run the steps in a transaction. Nobody knows of one that was cancelled while it ended,
+        nor if we are told so; what fails otherwise must not be there."""
         ending = False
         outcome = Outcome.DONE
+
+        def body() -> None:
+            nonlocal ending
+            ending = False
+            for step in steps:
+                step()
+            ending = True
+
+        async def abody() -> None:
+            nonlocal ending
+            ending = False
+            for step in steps:
+                await self.db.run(step)
+            ending = True
+
         try:
-            if sync:
-
-                def whole() -> None:
-                    nonlocal ending
-                    with self.db.atomic(**options):
-                        for step in steps:
-                            step()
-                        ending = True
-
-                await self.db.run(whole)
+            if way.sync:
+                whole = self.db.retry(body, retries=2, **options) if way.retries else None
+                await self.db.run(whole or self.db.atomic(**options)(body))
+            elif way.retries:
+                await self.db.retry(abody, retries=2, **options)()
             else:
                 async with self.db.atomic(**options):
-                    for step in steps:
-                        await self.db.run(step)
-                    ending = True
+                    await abody()
         except _TooLittle:
             outcome = Outcome.FAILED
         except (*EXPECTED, asyncio.CancelledError) as error:
-            outcome = Outcome.UNKNOWN if ending else Outcome.FAILED
+            cancelled = isinstance(error, asyncio.CancelledError) and ending
+            unknown = cancelled or isinstance(error, OutcomeUnknown)
+            outcome = Outcome.UNKNOWN if unknown else Outcome.FAILED
             self.errors[type(error).__name__] += 1
             if isinstance(error, DatabaseUnavailable):
                 with suppress(asyncio.CancelledError):
                     await asyncio.sleep(_MOMENT)
         except Exception as error:
             outcome = Outcome.UNKNOWN if ending else Outcome.FAILED
-            self.found.append(f"an error that nobody expects: {error!r}")
+            places = traceback.extract_tb(error.__traceback__)[-8:]
+            where = ", ".join(f"{Path(p.filename).name}:{p.lineno} {p.name}" for p in places)
+            self.found.append(f"an error that nobody expects: {error!r} ({where})")
         self.outcomes[outcome.value] += 1
         return outcome
 
