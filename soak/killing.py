@@ -182,7 +182,6 @@ async def _kill_server(
     finally:
         over = True
         await asyncio.gather(*clients)
-    db.close_all()
     kills.violations += await workload.end()
     await db.close_pool()
     return kills

@@ -125,7 +125,9 @@ class Proxy:
         self.cuts += 1
         if self.resets:
             linger = struct.pack("ii", 1, 0)
-            client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            with suppress(OSError):  # it is closed already
+                sock = client.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         for writer in (client, server):
             writer.transport.abort()
 

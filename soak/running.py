@@ -170,7 +170,6 @@ async def _round(
     finally:
         over.set()
         await disturbing  # each fault undoes what it did
-    await asyncio.to_thread(target.db.close_all)  # those that were lost while nobody used them
     return await workload.end()
 
 

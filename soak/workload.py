@@ -25,7 +25,9 @@ _BALANCE = 100
 _LISTS_AT_A_TIME = 4
 _TRANSACTIONS_PER_LIST = 12
 
-_MOMENT = 0.02
+_MOMENT = 0.1
+#: Seconds in which a database that is back has to be of use.
+_PATIENCE = 10.0
 
 #: What a transaction may end with, faults or not.
 EXPECTED = (peewee.DatabaseError, peewee.InterfaceError)
@@ -126,12 +128,23 @@ class Workload:
 
     async def end(self) -> list[str]:
         """Everything that is wrong, once all operations are over and nothing disturbs."""
+        await asyncio.to_thread(self.db.close_all)  # some were lost while nobody used them
+        await self._until_back()
         found, self.found = self.found, []
         found += await self.db.run(self._wrong_accounts)
         rows = await self.db.list(self._items.select(self._items.id, self._items.text).tuples())
         final = {key: _values(text) for key, text in rows}
         found += violations(self._history, final, _forbidding(self.db, self._level))
         return found
+
+    async def _until_back(self) -> None:
+        # After a failure the database is asked again only after a pause.
+        async with asyncio.timeout(_PATIENCE):
+            while True:
+                with suppress(DatabaseUnavailable):
+                    await self.db.aexecute_sql("SELECT 1")
+                    return
+                await asyncio.sleep(0.01)
 
     # Transfers
 
