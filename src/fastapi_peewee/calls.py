@@ -8,6 +8,7 @@ somebody else, nor lose its slot.
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
@@ -106,19 +107,24 @@ class Call:
         return False
 
     def interrupt(self) -> None:
-        """Have the statement that it runs ended, if it runs one. It doesn't wait for that."""
+        """Have the statements that it still runs ended. It doesn't wait for that."""
         threading.Thread(
             target=self._interrupt, name="fastapi-peewee-interrupt", daemon=True
         ).start()
 
     def _interrupt(self) -> None:
-        with self._guard:  # what comes to its end meanwhile waits, so that it hits nobody else
-            if self._let_gone:
-                return
-            try:
-                self._pool.interrupt(self._lease)
-            except Exception:
-                logger.debug("A statement could not be interrupted.", exc_info=True)
+        # Again and again: the thread may be just about to send a statement, or may send another.
+        pause = 0.02
+        while True:
+            with self._guard:  # what comes to its end meanwhile waits, so that it hits nobody else
+                if self._let_gone:
+                    return
+                try:
+                    self._pool.interrupt(self._lease)
+                except Exception:
+                    logger.debug("A statement could not be interrupted.", exc_info=True)
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
     def _take(self) -> bool:
         try:

@@ -420,6 +420,7 @@ class Pool:
         """Replace every connection: the idle ones now, those in use when they come back."""
         with self._lock:
             self._epoch += 1
+        self._breaker = Breaker(self._clock)  # new ones may be opened in another way
         self.close_idle()
 
     def close_idle(self) -> None:
