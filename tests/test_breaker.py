@@ -58,3 +58,17 @@ def test_many_failures_of_attempts_that_ran_together() -> None:
         breaker.failed()
     clock.now += 0.41
     assert breaker.admits()
+
+
+def test_an_attempt_that_says_nothing_changes_nothing() -> None:
+    """After one that came to nothing for another reason, the next one may try at once."""
+    clock = Clock()
+    breaker = make(clock)
+    for _ in range(2):
+        breaker.failed()
+    clock.now += 1
+    assert breaker.admits()
+    assert not breaker.admits()
+    breaker.undecided()
+    assert breaker.admits()
+    assert not breaker.admits()

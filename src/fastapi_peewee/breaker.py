@@ -34,7 +34,7 @@ class Breaker:
         self._trying = False
 
     def admits(self) -> bool:
-        """Whether to try now. Who is told so owes one `succeeded()` or `failed()`."""
+        """Whether to try now. Who is told so owes one `succeeded()`, `failed()` or `undecided()`."""
         with self._lock:
             if self._failures < _AWAY:
                 return True
@@ -46,6 +46,11 @@ class Breaker:
     def succeeded(self) -> None:
         with self._lock:
             self._failures, self._trying = 0, False
+
+    def undecided(self) -> None:
+        """The attempt ended in a way that says nothing about the database."""
+        with self._lock:
+            self._trying = False
 
     def failed(self) -> None:
         with self._lock:

@@ -297,11 +297,12 @@ class Pool:
             with translate_driver_errors:
                 self._opener.prepare_session(conn, self.statement_timeout)
         except BaseException as error:
-            self._breaker.failed()
             if conn is not None:
                 self._opener.close_connection(conn)
             if not isinstance(error, peewee.OperationalError | peewee.InternalError | OSError):
+                self._breaker.undecided()  # a database without a name, say
                 raise
+            self._breaker.failed()
             raise DatabaseUnavailable(
                 "The database could not be reached: a new connection failed. Is the server "
                 "running, and are host, port, user, password and database in the URL right?"
