@@ -34,7 +34,7 @@ class Breaker:
         self._trying = False
 
     def admits(self) -> bool:
-        """Whether to try now. Who is told so owes one `succeeded()`, `failed()` or `undecided()`."""
+        """Whether to try now. Who is told so owes one call of one of the methods below."""
         with self._lock:
             if self._failures < _AWAY:
                 return True
