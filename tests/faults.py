@@ -7,6 +7,8 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 
+import anyio
+import httpx
 import peewee
 import pytest
 
@@ -14,6 +16,7 @@ from fastapi_peewee import Database
 from soak.looking import descriptors, idle_transactions, threads
 from soak.proxy import Proxy
 from soak.servers import MariaDBServer, PostgresServer, Server, UnavailableError
+from tests.apps import assert_unavailable
 from tests.servers import MySQLDatabase, OwnDatabase, PostgresDatabase, give_up
 
 #: What a statement raises whose connection is lost.
@@ -75,3 +78,12 @@ def as_if_idle(db: Database, seconds: float = 2.0) -> None:
     """Let the pool believe that its idle connections have been so for a while."""
     for held in db.pool._idle:
         held.used_at -= seconds
+
+
+async def until_well(http: httpx.AsyncClient, path: str) -> None:
+    """Wait until a request is 200; 503 before. After a failure the database is asked again only
+    after a pause."""
+    with anyio.fail_after(10):
+        while (response := await http.get(path)).status_code != 200:
+            assert_unavailable(response)
+            await anyio.sleep(0.01)

@@ -22,7 +22,7 @@ from tests.apps import (
     refusal,
     with_all_uses,
 )
-from tests.faults import LOST, as_if_idle
+from tests.faults import LOST, as_if_idle, until_well
 from tests.faults import nothing_left as nothing_left
 from tests.faults import wire as wire
 from tests.modes import Mode, Seen, UnderRun, User, in_each_mode
@@ -242,13 +242,6 @@ async def test_a_connection_that_is_cut_while_it_is_opened(wire: Proxy) -> None:
             assert after > 100
 
 
-async def until_well(http: Any, path: str) -> None:
-    """After a failure the database is asked again only after a pause."""
-    with anyio.fail_after(10):
-        while await statuses(http, path, 1) != [200]:
-            await anyio.sleep(0.01)
-
-
 def long_text(number: int) -> str:
     return f"{number} äöü€ " + "x" * (number * 97 % 250)
 
@@ -385,9 +378,8 @@ async def test_requests_cut_by_chance_leave_the_pool_whole(app_db: Database, wir
         requests = [http.get(paths[n % len(paths)]) for n in range(200)]
         responses = await asyncio.gather(*requests)
         cutter.cancel()
-        for response in responses:
-            if response.status_code != 200:
-                assert_unavailable(response)
+        # "outcome unknown" where it was a COMMIT, if only of a SELECT, that was not answered
+        assert {response.status_code for response in responses} <= {200, 503}
         await back_to_rest(app_db)
         wire.cut()
         as_if_idle(app_db)
