@@ -284,3 +284,15 @@ async def test_a_pooler_between(postgres_url: str, threads: list[str]) -> None:
     async with connected(postgres_url, prepare_threshold=None) as db:
         statements = await db.run(lambda: Statements(db.connection()))
         assert statements.texts("SELECT 'a'", []) is None
+
+
+async def test_an_event_loop_that_forgets_a_socket(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop forgets a socket that has an error, without a word: it is looked at all the same."""
+    await db.count(note.select())  # so that there is a connection that was in use just now
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "add_reader", lambda *_: None)
+    monkeypatch.setattr(loop, "remove_reader", lambda _: False)
+    with anyio.fail_after(5):
+        assert await db.aread_texts("SELECT 'a'", []) == [b"a"]
