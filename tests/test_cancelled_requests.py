@@ -1,11 +1,13 @@
 """Requests that are cancelled, at every await and at random: nothing of them is left."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from fastapi_peewee import Database
-from tests.cancelling import BY, MOMENTS, Driver, Scenario, cut_everywhere
+from tests.apps import back_to_rest, connected
+from tests.cancelling import BY, MOMENTS, Driver, Scenario, cut_everywhere, make_row
 from tests.cancelling import db as db
 from tests.cancelling import driver as driver
 from tests.cancelling import row as row
@@ -36,3 +38,23 @@ async def test_at_every_await_and_step(
 
     scenario = Scenario(request, PATHS[path], check=answered_means_committed)
     await cut_everywhere(db, row, scenario, by=by, moment=moment, driver=driver)
+
+
+async def test_a_thread_whose_request_ended_as_it_waited_to_write_lets_others_write(
+    sqlite_url: str,
+) -> None:
+    """SQLite's writers queue. One whose request is cancelled meanwhile, and whose thread lives on,
+    gives its turn to the next."""
+    async with connected(sqlite_url, pool_size=2, timeout=30) as db:
+        row = await make_row(db)
+        app = make_app(db, row)
+        async with db.atomic():
+            asked = asyncio.create_task(ask_into([], app, "/plain"))
+            while db.pool_stats.in_use < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)  # its thread waits for the writers' turn by now, or soon
+            asked.cancel()
+            await asyncio.wait({asked})
+        await back_to_rest(db, within=10)
+        async with asyncio.timeout(10):
+            await row.acreate(name="next")

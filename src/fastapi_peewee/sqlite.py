@@ -85,13 +85,18 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             lock_type, isolation_level = None, lock_type
         isolation(isolation_level)
         lock_type = lock_type or ("DEFERRED" if read_only else self._lock_type)
-        if self._state.lease() is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
+        lease = self._state.lease()
+        if lease is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
             with translate_driver_errors:
-                self._state.writing = self._writers.enter()
+                # Not `self._state`: when the request is over, that isn't the lease's any more.
+                lease.state["writing"] = self._writers.enter()
         try:
             super().begin(lock_type)
         except BaseException:
-            self._end_writing()
+            gate = None if lease is None else lease.state.get("writing")
+            if gate is not None and lease is not None:
+                lease.state["writing"] = None
+                gate.release()
             raise
         if read_only:
             self._state.read_only = True
