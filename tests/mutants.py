@@ -336,7 +336,8 @@ class Verdict:
 def run(tests: str, package: Path | None = None) -> tuple[int, str]:
     """Run some tests with the package of a folder, or with ours. Returns the exit status and what
     pytest said."""
-    environment = dict(os.environ)
+    # Random histories need some length to come to a bug.
+    environment = {"MACHINE_STEPS": "5000", **os.environ}
     if package is not None:
         environment["PYTHONPATH"] = str(package.parent)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
@@ -371,7 +372,7 @@ def try_out(mutant: Mutant) -> Verdict:
     seconds = time.monotonic() - begun
     if status == 0:
         return Verdict(mutant, None, seconds)
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.*?)(?: - .*)?$", output, re.MULTILINE)
     if status in (2, 4, 5) and failed is None:
         raise RuntimeError(f"{mutant.name}: pytest could not run the tests:\n{output[-3000:]}")
     return Verdict(mutant, failed[1] if failed else "a time limit or a crash", seconds)
