@@ -29,7 +29,8 @@ from fastapi_peewee.pool import CHECK_AFTER, Pool
 from fastapi_peewee.state import Lease
 from tests.test_pool import Driver
 
-SIZE, MAX_WAITING, TIMEOUT, LIFETIME = 2, 3, 10.0, 40.0
+# Threads wait by the clock on the wall: longer than any history takes.
+SIZE, MAX_WAITING, TIMEOUT, LIFETIME = 2, 3, 1000.0, 1500.0
 STEPS_AT_ONCE = 50
 
 
@@ -441,7 +442,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.give_back(held.lease)
                 if self.queue and not held.of_before:
                     self.granted(self.queue.pop(0))
-            self.time_goes_on(1000)
+            self.time_goes_on(2 * TIMEOUT)
             assert (self.pool.stats.in_use, self.pool.stats.waiting) == (0, 0)
         finally:
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
