@@ -105,6 +105,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.drained_by = 0.0
         #: When a connection was last found dead, and when an attempt at a new one last failed.
         self.doubted_at = self.failed_at = float("-inf")
+        #: How many attempts have failed since one succeeded.
+        self.failures = 0
 
     # Helpers: the model's half of what happens.
 
@@ -230,16 +232,18 @@ class PoolMachine(RuleBasedStateMachine):
             else:
                 self.discarded += 1
                 self.doubted_at = self.loop.now
-        # After a failure nobody tries for a moment, which is over when time has passed here.
-        refused = self.failed_at == self.loop.now
+        # After two failures nobody tries for a moment, which is over when time has passed here.
+        refused = self.failures > 1 and self.failed_at == self.loop.now
         if found is None and (self.driver.unreachable or refused):
             with pytest.raises(DatabaseUnavailable):
                 self.pool.connect(held.lease)
-            self.failed_at = self.loop.now
+            if not refused:
+                self.failed_at, self.failures = self.loop.now, self.failures + 1
             return
         self.pool.connect(held.lease)
         if found is None:
             self.opened += 1
+            self.failures = 0
             found = Conn(self.driver.opened[-1], self.loop.now, self.loop.now)
         held.conn = found
 
@@ -337,6 +341,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.idle.clear()
 
     def _wear_out_those_in_use(self) -> None:
+        self.failures = 0  # new connections may be opened in another way
         for held in self.leases:
             if held.conn is not None:
                 held.conn.worn = True
