@@ -106,3 +106,14 @@ def test_if_no_thread_can_be_started_one_that_is_there_does_the_work(
     assert done.wait(10)
     assert not surprise.is_set()
     workers.end(wait=True)
+
+
+def test_work_that_comes_as_the_threads_end_is_done() -> None:
+    """Another event loop may put something in while this one closes the pool."""
+    workers = Workers(2, "test")
+    first, late = threading.Event(), threading.Event()
+    workers.put(first.set)
+    assert first.wait(10)
+    workers.end(wait=True)
+    workers.put(late.set)
+    assert late.wait(10)

@@ -28,6 +28,7 @@ class Workers:
         self._idle: deque[None] = deque()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._ended = False
         _started_here.add(self)
 
     def put(self, work: Callable[[], None]) -> None:
@@ -41,9 +42,13 @@ class Workers:
         except IndexError:
             self._start()
         self._queue.put(work)
+        if self._ended:  # in between, and nobody may have seen what was put in
+            self._start()
+            self._queue.put(None)
 
     def end(self, *, wait: bool) -> None:
         """Have the threads end when all that was put in is done."""
+        self._ended = True
         with self._lock:
             threads, self._threads = self._threads, []
         for _ in threads:
