@@ -1,27 +1,21 @@
 """``python -m benchmarks``: measure, show, and write down."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import peewee
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiment import command
 from experiment.serving import ExperimentError
-from fastapi_peewee import connect
 
+from .databases import find_postgresql
 from .drawing import draw
 from .reporting import markdown, screen_tables, write_page
 from .results import Report
-from .running import Plan, run
+from .running import PYTHON, ROOT, Plan, run
 from .stacks import DATABASES, OURS, STACKS, WORKLOADS
-
-_ROOT = Path(__file__).parents[1]
-_PYTHON = _ROOT / ".venv-bench" / "bin" / "python"
-_USUAL_URLS = [f"postgresql://{user}@127.0.0.1/postgres" for user in ("postgres", "root")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +78,7 @@ def _databases(options: argparse.Namespace, console: Console) -> dict[str, str |
     for name in options.databases:
         if name == "sqlite":
             found[name] = None
-        elif url := options.postgresql or next(filter(_lets_us_in, _USUAL_URLS), None):
+        elif url := find_postgresql(options.postgresql):
             found[name] = url
         else:
             console.print(
@@ -98,18 +92,10 @@ def _databases(options: argparse.Namespace, console: Console) -> dict[str, str |
     return found
 
 
-def _lets_us_in(url: str) -> bool:
-    try:
-        connect(url, connect_timeout=2).execute_sql("SELECT 1")
-    except peewee.PeeweeException:
-        return False
-    return True
-
-
 def _write(report: Report, options: argparse.Namespace) -> list[Path]:
     """The files, either in a folder of their own or where docs/ has them."""
     if options.docs:
-        docs = _ROOT / "docs"
+        docs = ROOT / "docs"
         data, page, picture = (
             docs / "benchmarks.json",
             docs / "benchmarks.md",
@@ -169,7 +155,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--python",
         type=Path,
-        default=_PYTHON if _PYTHON.exists() else Path(sys.executable),
+        default=PYTHON,
         help="the interpreter that has the packages of all stacks (default: %(default)s)",
     )
     parser.add_argument(

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,12 @@ _UVICORN = ("--workers", "1", "--loop", "uvloop", "--http", "httptools")
 _SYNCHRONOUS = {"0": "OFF", "1": "NORMAL", "2": "FULL", "3": "EXTRA"}
 _WARMING_REQUESTS = 80
 _COUNTED_REQUESTS = 10
+
+
+ROOT = Path(__file__).parents[1]
+_BENCH = ROOT / ".venv-bench" / "bin" / "python"
+#: The interpreter that has the packages of all that is compared.
+PYTHON = _BENCH if _BENCH.exists() else Path(sys.executable)
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def _serving(
 
 
 def _settings(filled: Filled) -> dict[str, str]:
-    root = str(Path(__file__).parents[1])
+    root = str(ROOT)
     return {
         "SQLITE_SYNCHRONOUS": filled.synchronous,
         "PGSSLMODE": "disable",  # on one machine, and for the relay that counts

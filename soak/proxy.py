@@ -114,6 +114,8 @@ class Proxy:
             self._cut(client)
         me = asyncio.current_task()
         tasks = [task for task in asyncio.all_tasks() if task is not me]
+        if tasks:  # those whose connection was cut end by themselves
+            await asyncio.wait(tasks, timeout=1)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
