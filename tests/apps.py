@@ -105,7 +105,7 @@ def with_all_uses(app: FastAPI, db: Database) -> list[str]:
 
 def assert_unavailable(response: Any) -> None:
     assert response.status_code == 503
-    assert response.json() == {"detail": "database unavailable"}
+    assert response.json() == {"detail": "database unavailable"}, response.text
     assert int(response.headers["retry-after"]) >= 1
 
 

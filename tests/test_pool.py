@@ -38,7 +38,9 @@ class Driver:
     were_cut: list[int] = field(default_factory=list)
     unreachable: bool = False
 
-    def open_connection(self) -> int:
+    connect_timeout: float = 5.0
+
+    def open_connection(self, limit: float) -> int:
         if self.unreachable:
             raise OSError("no route to host")
         self.opened.append(len(self.opened))
@@ -47,7 +49,7 @@ class Driver:
     def close_connection(self, conn: int) -> None:
         self.closed.append(conn)
 
-    def is_alive(self, conn: int) -> bool:
+    def is_alive(self, conn: int, limit: float) -> bool:
         self.checked.append(conn)
         return conn not in self.dead
 
@@ -367,7 +369,7 @@ def test_while_the_database_is_away_one_at_a_time_asks_for_it(
     driver.unreachable = True
     attempts = 0
 
-    def refuse() -> int:
+    def refuse(limit: float) -> int:
         nonlocal attempts
         attempts += 1
         raise OSError("no route to host")

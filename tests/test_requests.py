@@ -523,10 +523,10 @@ async def test_a_call_that_still_connects_as_the_response_starts_keeps_its_slot(
         open_connection, close_connection = db.open_connection, db.close_connection
         opened: list[Any] = []
 
-        def slowly() -> Any:
+        def slowly(limit: float) -> Any:
             loop.call_soon_threadsafe(connecting.set)
             assert go_on.wait(10)
-            opened.append(open_connection())
+            opened.append(open_connection(limit))
             return opened[-1]
 
         def close(conn: Any) -> None:

@@ -33,11 +33,16 @@ class Breaker:
         self._next = 0.0
         self._trying = False
 
-    def admits(self) -> bool:
-        """Whether to try now. Who is told so owes one call of one of the methods below."""
+    def admits(self, *, hurried: bool = False) -> bool:
+        """Whether to try now. Who is told so owes one call of one of the methods below.
+
+        Who has hardly any time left, and is `hurried`, may not after a single failure.
+        """
         with self._lock:
-            if self._failures < _AWAY:
+            if self._failures < (1 if hurried else _AWAY):
                 return True
+            if hurried:
+                return False
             if self._trying or self._clock() < self._next:
                 return False
             self._trying = True

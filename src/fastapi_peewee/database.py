@@ -8,6 +8,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -507,11 +508,16 @@ class Database(AsyncNames, Reads):
 
     # What the pool asks for.
 
-    def open_connection(self) -> Any:
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds that connecting may take."""
+        return float(self.connect_params.get("connect_timeout") or math.inf)
+
+    def open_connection(self, limit: float = math.inf) -> Any:
         if self.deferred:
             raise peewee.InterfaceError("The database must be initialised before it is opened.")
         with translate_driver_errors:
-            conn = self._connect()
+            conn = self._connect(limit)
             try:
                 if self.server_version is None:
                     self._set_server_version(conn)
@@ -527,7 +533,7 @@ class Database(AsyncNames, Reads):
     def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
         pass
 
-    def is_alive(self, conn: Any) -> bool:
+    def is_alive(self, conn: Any, limit: float) -> bool:
         raise NotImplementedError
 
     def interrupt(self, conn: Any) -> bool:

@@ -1,5 +1,6 @@
 """What the classes of the databases share: isolation levels, sockets, the driver's error."""
 
+import math
 import os
 import select
 import socket
@@ -27,11 +28,31 @@ def shut_down(fd: int) -> None:
 
 def readable(sock: Any) -> bool:
     """Whether there is something to read from a socket, its end included."""
+    return bool(wait_for(sock, 1, 0))
+
+
+def wait_for(sock: Any, what: int, seconds: float) -> int:
+    """Wait until a socket can be read from (1), written to (2), or either (3).
+
+    Returns which; 0 when the time is over.
+    """
+    seconds = max(seconds, 0)
     if not hasattr(select, "poll"):  # on Windows
-        return bool(select.select([sock], [], [], 0)[0])
+        reads, writes, _ = select.select(
+            [sock] if what & 1 else [],
+            [sock] if what & 2 else [],
+            [],
+            None if math.isinf(seconds) else seconds,
+        )
+        return bool(reads) + 2 * bool(writes)
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    poll.register(sock, select.POLLIN * (what & 1) | select.POLLOUT * (what >> 1))
+    events = poll.poll(None if math.isinf(seconds) else math.ceil(1000 * seconds))
+    if not events:
+        return 0
+    found = events[0][1]
+    failed = found & ~(select.POLLIN | select.POLLOUT)  # whoever goes on learns what it is
+    return what if failed else bool(found & select.POLLIN) + 2 * bool(found & select.POLLOUT)
 
 
 def isolation(level: Any) -> Any:

@@ -3,13 +3,19 @@
 psycopg's cursors take several steps for a statement, each of which lets other threads have the
 interpreter. Here a thread waits once, inside libpq; or the event loop waits for the socket, and no
 thread is needed. The texts go on as they came. Everything else goes through psycopg's cursors.
+
+And what waits for the server for a stated time: connecting, and asking whether it is there.
 """
 
 import asyncio
 import functools
+import math
 import re
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
+
+from .drivers import wait_for
 
 #: How many statements a connection knows at most; each takes memory of the server's.
 _MOST = 300
@@ -211,6 +217,63 @@ def _adapted(params: Sequence[Any]) -> tuple[list[int], list[bytes | None]] | No
     except (_Unusual, KeyError, UnicodeEncodeError):
         return None
     return oids, values
+
+
+@functools.cache
+def connection_class() -> type[Any]:
+    """psycopg's connection, except that `connect_timeout` may be any number of seconds.
+
+    psycopg and libpq take whole ones, at least two; 0.5 would be 0, which is for ever.
+    """
+    from psycopg import Connection
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+    from psycopg.errors import ConnectionTimeout
+
+    class TimedConnection(Connection[Any]):
+        @classmethod
+        def _connect_gen(cls, conninfo: str = "", **options: Any) -> Any:
+            seconds = float(conninfo_to_dict(conninfo).get("connect_timeout") or 0)
+            deadline = time.monotonic() + seconds if seconds > 0 else math.inf
+            conninfo = make_conninfo(conninfo, connect_timeout=math.ceil(seconds))
+            yield from ()  # a generator that never has anybody wait for it
+            # This one yields what to wait for; whoever iterates over it would wait for longer.
+            steps = super()._connect_gen(conninfo, **options)
+            try:
+                sock, wait = next(steps)
+                while True:
+                    ready = wait_for(sock, int(wait), deadline - time.monotonic())
+                    if not ready:
+                        raise ConnectionTimeout("connection timeout expired")
+                    sock, wait = steps.send(ready)
+            except StopIteration as done:
+                return done.value
+            finally:
+                steps.close()
+
+    return TimedConnection
+
+
+def ask(pgconn: Any, sql: bytes, seconds: float) -> Any:
+    """The result of a statement, or None if the server doesn't answer within so many seconds.
+
+    Then the answer may be on its way: the caller closes the connection.
+
+    Raises:
+        psycopg.OperationalError: the connection is lost.
+    """
+    deadline = time.monotonic() + seconds
+    pgconn.send_query(sql)
+    pgconn.flush()
+    found = None
+    while True:
+        while not pgconn.is_busy():
+            result = pgconn.get_result()
+            if result is None:
+                return found
+            found = result
+        if not wait_for(pgconn.socket, 1, deadline - time.monotonic()):
+            return None
+        pgconn.consume_input()
 
 
 def _settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:

@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import peewee
@@ -45,23 +45,38 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
 
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)
-        # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
-        self._read_timeout = kwargs.get("read_timeout")
-        kwargs.setdefault("read_timeout", kwargs["connect_timeout"])
         super().init(database, **kwargs)
 
-    def _connect(self) -> Any:
-        conn = super()._connect()
-        conn._read_timeout = self._read_timeout
+    def _connect(self, limit: float = math.inf) -> Any:
+        import pymysql
+
+        params, seconds = dict(self.connect_params), min(limit, self.connect_timeout)
+        if not math.isinf(seconds):
+            # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
+            params = {"read_timeout": seconds, **params, "connect_timeout": seconds}
+        conn: Any = pymysql.connect(database=self.database, autocommit=True, **params)
+        conn._read_timeout = self.connect_params.get("read_timeout")
         return conn
+
+    @contextmanager
+    def _reading_for(self, conn: Any, limit: float) -> Iterator[None]:
+        usual = conn._read_timeout
+        if not math.isinf(limit):
+            conn._read_timeout = limit
+        try:
+            yield
+        finally:
+            conn._read_timeout = usual
 
     def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
         if statement_timeout is None:
             return
         if self.mariadb:
-            conn.query(f"SET SESSION max_statement_time = {statement_timeout:f}")
+            setting = f"max_statement_time = {statement_timeout:f}"
         else:  # for SELECT only
-            conn.query(f"SET SESSION max_execution_time = {math.ceil(statement_timeout * 1000)}")
+            setting = f"max_execution_time = {math.ceil(statement_timeout * 1000)}"
+        with self._reading_for(conn, self.connect_timeout):
+            conn.query(f"SET SESSION {setting}")
 
     def interrupt(self, conn: Any) -> bool:
         try:
@@ -82,7 +97,8 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
     def _initialize_connection(self, conn: Any) -> None:
         super()._initialize_connection(conn)
         # JSON_ARRAYAGG cuts what is longer, by default 1 MiB; now only max_allowed_packet does.
-        conn.query(f"SET SESSION group_concat_max_len = {2**32 - 1}")
+        with self._reading_for(conn, self.connect_timeout):
+            conn.query(f"SET SESSION group_concat_max_len = {2**32 - 1}")
 
     def texts(self, cursor: Any) -> Sequence[bytes]:
         rows = cursor.fetchall()
@@ -152,9 +168,10 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
     def transient(self, error: BaseException | None) -> bool:
         return _mysql_code(error) in _TRANSIENT
 
-    def is_alive(self, conn: Any) -> bool:
+    def is_alive(self, conn: Any, limit: float) -> bool:
         try:
-            conn.ping(reconnect=False)
+            with self._reading_for(conn, limit):
+                conn.ping(reconnect=False)
         except Exception:
             return False
         return True

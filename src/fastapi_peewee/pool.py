@@ -33,11 +33,19 @@ _WORN_OUT = -1
 #: Seconds since its last use after which a connection is checked before it is used again.
 CHECK_AFTER = 1.0
 
+#: Seconds that whoever has waited for a slot has in any case, to connect.
+_LEAST = 0.05
+
 
 class Opener(Protocol):
     """What the pool asks of its database. Each may block: it is called in a worker thread."""
 
-    def open_connection(self) -> Any: ...
+    #: Seconds that asking and connecting may take together.
+    @property
+    def connect_timeout(self) -> float: ...
+
+    def open_connection(self, limit: float) -> Any:
+        """Connect, within so many seconds."""
 
     def close_connection(self, conn: Any) -> None: ...
 
@@ -47,8 +55,8 @@ class Opener(Protocol):
     def is_open(self, conn: Any) -> bool:
         """Whether the connection is alive, for all that is known; asks nobody."""
 
-    def is_alive(self, conn: Any) -> bool:
-        """Ask the server, in one round trip."""
+    def is_alive(self, conn: Any, limit: float) -> bool:
+        """Ask the server, in one round trip. No answer within `limit` seconds is none."""
 
     def interrupt(self, conn: Any) -> bool:
         """Have the server end the statement that runs, from another thread than the one that waits
@@ -114,7 +122,7 @@ class Pool:
     Args:
         opener: the database.
         size: the greatest number of connections.
-        timeout: seconds to wait for a lease.
+        timeout: seconds to wait for a lease; of what is left then, its connection is opened.
         max_waiting: how many may wait at a time; more are refused at once.
         max_lifetime: seconds after which a connection is replaced when it comes back.
         statement_timeout: seconds that a statement may take; None for any time.
@@ -212,24 +220,30 @@ class Pool:
             PoolClosed: the pool is being closed.
         """
         gate = self._gate
+        if gate.acquire_nowait():
+            return self._lease(gate)
+        begun = self._clock()
         try:
             acquired = await gate.acquire(self.timeout)
         except TooManyWaiting:
             self._count("_refused")
             raise
-        return self._lease(gate, acquired)
+        return self._lease_after(begun, gate, acquired)
 
     def acquire_blocking(self) -> Lease:
         """The same for a thread."""
         gate = self._gate
+        if gate.acquire_nowait():
+            return self._lease(gate)
+        begun = self._clock()
         try:
             acquired = gate.acquire_blocking(self.timeout)
         except TooManyWaiting:
             self._count("_refused")
             raise
-        return self._lease(gate, acquired)
+        return self._lease_after(begun, gate, acquired)
 
-    def _lease(self, gate: Gate, acquired: bool) -> Lease:
+    def _lease_after(self, begun: float, gate: Gate, acquired: bool) -> Lease:
         if not acquired:
             self._count("_timed_out")
             raise PoolTimeout(
@@ -238,6 +252,11 @@ class Pool:
                 "slow endpoints, waiting for something else inside `db.atomic()`), or "
                 "`pool_size` is too small."
             )
+        lease = self._lease(gate)
+        lease.patience = max(self.timeout - (self._clock() - begun), _LEAST)
+        return lease
+
+    def _lease(self, gate: Gate) -> Lease:
         lease = Lease(slot=gate)
         lease.dropped = self._drop
         if self._watch is not None:
@@ -264,36 +283,44 @@ class Pool:
         """
         if lease.held is not None:
             return
+        left = min(self._opener.connect_timeout, lease.patience)
         while True:
             with self._lock:
                 if not self._idle:
                     break
                 held = self._idle.pop()
-            if not self._is_doubtful(held) or self._is_alive(held):
+            if not self._is_doubtful(held):
                 self._lend(held, lease)
                 return
+            # If this one is silent, half of the time is left for another, or for a new one: only
+            # this connection may have been forgotten on its way, as by a firewall.
+            begun = self._clock()
+            if self._is_alive(held, left / 2):
+                self._lend(held, lease)
+                return
+            left -= min(self._clock() - begun, left / 2)
             self._discard(held)
-        self._lend(self._open(), lease)
+        self._lend(self._open(left), lease)
 
     def _is_doubtful(self, held: _Held) -> bool:
         used_at = held.used_at
         return used_at < self._doubted_at or self._clock() - used_at >= CHECK_AFTER
 
-    def _is_alive(self, held: _Held) -> bool:
+    def _is_alive(self, held: _Held, limit: float) -> bool:
         with self._waiting_for(held):
-            alive = self._opener.is_alive(held.conn)
+            alive = self._opener.is_alive(held.conn, limit)
         if not alive:
             self._doubted_at = self._clock()
         return alive
 
-    def _open(self) -> _Held:
-        if not self._breaker.admits():
+    def _open(self, limit: float) -> _Held:
+        if not self._breaker.admits(hurried=limit <= _LEAST):
             raise DatabaseUnavailable(
                 "The database could not be reached a moment ago; one at a time tries again."
             )
-        epoch, conn = self._epoch, None
+        epoch, conn, begun = self._epoch, None, self._clock()
         try:
-            conn = self._opener.open_connection()
+            conn = self._opener.open_connection(limit)
             with translate_driver_errors:
                 self._opener.prepare_session(conn, self.statement_timeout)
         except BaseException as error:
@@ -302,7 +329,11 @@ class Pool:
             if not isinstance(error, peewee.OperationalError | peewee.InternalError | OSError):
                 self._breaker.undecided()  # a database without a name, say
                 raise
-            self._breaker.failed()
+            hurried = limit < self._opener.connect_timeout / 2
+            if hurried and self._clock() - begun >= limit:
+                self._breaker.undecided()
+            else:
+                self._breaker.failed()
             raise DatabaseUnavailable(
                 "The database could not be reached: a new connection failed. Is the server "
                 "running, and are host, port, user, password and database in the URL right?"

@@ -11,7 +11,7 @@ import peewee
 from .blocks import Atomic
 from .database import Database
 from .drivers import cause_of, isolation, readable, shut_down
-from .libpq import Statements
+from .libpq import Statements, ask, connection_class
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
 # What DISCARD ALL does, in the order of its manual page, but for the prepared statements: psycopg
@@ -67,6 +67,18 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         kwargs.setdefault("connect_timeout", 5)
         kwargs.setdefault("client_encoding", "UTF8")
         super().init(database, **{**kwargs, "prefer_psycopg3": True})
+
+    def _connect(self, limit: float = math.inf) -> Any:
+        self._adapter.check_driver()
+        seconds = min(limit, self.connect_timeout)
+        given = "conninfo" if self.database.startswith("postgresql://") else "dbname"
+        params = {given: self.database, **self.connect_params}
+        params["connect_timeout"] = 0 if math.isinf(seconds) else seconds
+        conn = connection_class().connect(**params)
+        if self._isolation_level:
+            conn.set_isolation_level(self._isolation_level)
+        conn.autocommit = True
+        return conn
 
     def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
         if not read_only:
@@ -166,12 +178,11 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
         return bool(conn.pgconn.transaction_status == TransactionStatus.INERROR)
 
-    def is_alive(self, conn: Any) -> bool:
+    def is_alive(self, conn: Any, limit: float) -> bool:
         try:
-            conn.execute("SELECT 1")
+            return ask(conn.pgconn, b"SELECT 1", limit) is not None
         except Exception:
             return False
-        return True
 
     def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
         settings = []
@@ -181,7 +192,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             # Else a statement runs on when its client has gone.
             settings.append("client_connection_check_interval = 1000")
         for setting in settings:  # a server on a system that can't check refuses the second
-            conn.pgconn.exec_(f"SET {setting}".encode())
+            if ask(conn.pgconn, f"SET {setting}".encode(), self.connect_timeout) is None:
+                raise peewee.OperationalError("The server does not answer (connect_timeout).")
 
     def interrupt(self, conn: Any) -> bool:
         try:

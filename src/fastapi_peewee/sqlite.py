@@ -61,7 +61,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         kwargs.setdefault("timeout", self._busy_timeout)
         super().init(database, pragmas={**defaults, **given}, **kwargs)
 
-    def _connect(self) -> Any:
+    def _connect(self, limit: float = math.inf) -> Any:
         # Changing the journal mode doesn't obey the busy timeout: SQLite fails it at once if
         # another connection is writing to a file that isn't in that mode yet.
         deadline = time.monotonic() + self._busy_timeout
@@ -184,7 +184,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def is_open(self, conn: Any) -> bool:
         return True
 
-    def is_alive(self, conn: Any) -> bool:
+    def is_alive(self, conn: Any, limit: float) -> bool:
         return True
 
     def lost(self, conn: Any, error: Exception) -> bool:

@@ -4,6 +4,7 @@ Peewee keeps connection and transaction state in `db._state`. This file replaces
 is the only one that imports what Peewee keeps private. It knows nothing of pools or FastAPI.
 """
 
+import math
 import os
 import threading
 import warnings
@@ -119,6 +120,8 @@ class Lease:
             None where there is none.
         closing: its block is being left; the one whose turn it is finishes, newcomers are refused.
         ended: given back; whoever still comes with it gets an error.
+        patience: seconds that are left of the time to wait for a connection, after a wait in the
+            queue.
         dropped: called with it, in a thread, if it is collected and hasn't ended.
     """
 
@@ -135,6 +138,7 @@ class Lease:
         "lazy_loads_forbidden",
         "owner",
         "parent",
+        "patience",
         "root",
         "server_cursors",
         "slot",
@@ -162,6 +166,7 @@ class Lease:
         self.state = {**closed_state(), "closed": False, "ctx": [self]}
         self.slot = slot
         self.held: Any = None
+        self.patience = math.inf
         self.tainted = False
         self.contexts = 0
         self.cursors: weakref.WeakSet[Any] | None = None
