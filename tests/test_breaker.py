@@ -72,3 +72,14 @@ def test_an_attempt_that_says_nothing_changes_nothing() -> None:
     breaker.undecided()
     assert breaker.admits()
     assert not breaker.admits()
+
+
+def test_who_is_in_a_hurry_may_not_after_a_single_failure() -> None:
+    """Whose time is nearly over doesn't find out whether the failure was a matter of chance."""
+    breaker = make(Clock())
+    assert breaker.admits(hurried=True)
+    breaker.failed()
+    assert not breaker.admits(hurried=True)
+    assert breaker.admits()
+    breaker.succeeded()
+    assert breaker.admits(hurried=True)

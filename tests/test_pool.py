@@ -37,10 +37,13 @@ class Driver:
     interrupted: list[int] = field(default_factory=list)
     were_cut: list[int] = field(default_factory=list)
     unreachable: bool = False
+    #: The time that the last attempt to connect, or the last question, had.
+    limit: float = 0.0
 
     connect_timeout: float = 5.0
 
     def open_connection(self, limit: float) -> int:
+        self.limit = limit
         if self.unreachable:
             raise OSError("no route to host")
         self.opened.append(len(self.opened))
@@ -50,6 +53,7 @@ class Driver:
         self.closed.append(conn)
 
     def is_alive(self, conn: int, limit: float) -> bool:
+        self.limit = limit
         self.checked.append(conn)
         return conn not in self.dead
 
@@ -398,6 +402,69 @@ def test_when_one_connection_is_lost_the_idle_ones_are_asked(
     pool.give_back(third)
     assert take(pool).state["conn"] == 2
     assert driver.checked == [1]
+
+
+async def test_who_has_waited_has_the_rest_of_the_time_to_connect(
+    driver: Driver, clock: Clock
+) -> None:
+    """Waiting for a slot and connecting together take no longer than `timeout`; who hasn't waited
+    has all of `connect_timeout`."""
+    pool = Pool(driver, size=1, timeout=10, max_waiting=1, max_lifetime=60, clock=clock)
+    first = take(pool)
+    assert driver.limit == driver.connect_timeout
+    for waited, left in ((2, driver.connect_timeout), (7, 3), (10, 0.05)):
+        waiting = asyncio.ensure_future(pool.acquire())
+        await asyncio.sleep(0)
+        clock.now += waited
+        pool.wear_out(first)
+        pool.give_back(first)
+        first = await waiting
+        pool.connect(first)
+        assert driver.limit == left
+    pool.give_back(first)
+
+
+def test_a_silent_connection_takes_half_of_the_time(
+    pool: Pool, driver: Driver, clock: Clock
+) -> None:
+    """A connection that doesn't answer is replaced in the other half, in which it may be asked of
+    others, too."""
+    asked: list[float] = []
+
+    def silent(conn: int, limit: float) -> bool:
+        asked.append(limit)
+        clock.now += limit
+        return False
+
+    both = [take(pool), take(pool)]
+    for lease in both:
+        pool.give_back(lease)
+    clock.now += 2
+    driver.is_alive = silent  # type: ignore[method-assign]
+    take(pool)
+    assert asked == [2.5, 1.25]
+    assert driver.limit == 1.25
+
+
+def test_who_had_hardly_any_time_says_nothing_about_the_database(
+    driver: Driver, clock: Clock
+) -> None:
+    """An attempt that ends since its caller's time is over doesn't count as a failure."""
+    pool = Pool(driver, size=1, timeout=10, max_waiting=1, max_lifetime=60, clock=clock)
+
+    def silent(limit: float) -> int:
+        clock.now += limit
+        raise OSError("timed out")
+
+    open_connection, driver.open_connection = driver.open_connection, silent  # type: ignore[method-assign]
+    lease = pool.acquire_blocking()
+    lease.patience = 1.0
+    for _ in range(5):
+        with pytest.raises(DatabaseUnavailable, match="a new connection failed"):
+            pool.connect(lease)
+    driver.open_connection = open_connection  # type: ignore[method-assign]
+    pool.connect(lease)
+    pool.give_back(lease)
 
 
 def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Clock) -> None:
