@@ -11,6 +11,9 @@ import pytest
 from benchmarks import rows
 from benchmarks.checking import Answer, Answers, differences
 from benchmarks.counting import Counts
+from benchmarks.limits.__main__ import Result as Waited
+from benchmarks.limits.__main__ import markdown as table_of_limits
+from benchmarks.limits.__main__ import tables
 from benchmarks.loading import Sample
 from benchmarks.reporting import markdown
 from benchmarks.results import Report, Result
@@ -116,3 +119,19 @@ def test_the_cost_of_a_row(
     assert shown.count("items") >= 3
     for word in ("json", "rows", "instances", "streamed"):
         assert word in shown
+
+
+def test_how_late_errors_were() -> None:
+    """The limits' table says who hung, who was late by how much, and who knew it earlier."""
+
+    def result(last: float, hung: int = 0) -> str:
+        return Waited("psycopg_pool", "first", 1.0, last, hung, {"PoolTimeout": 50 - hung}).text
+
+    assert [result(1.03), result(0.99), result(0.02), result(1.0, 10)] == [
+        "+30",
+        "-10",
+        "after 20",
+        "10 hung",
+    ]
+    [(what, rows)] = tables([Waited("psycopg_pool", "first", 1.0, 1.03, 0, {"PoolTimeout": 50})])
+    assert "| psycopg_pool | +30 | PoolTimeout |" in table_of_limits(what, rows)
