@@ -304,18 +304,20 @@ async def measure(pool: Pool, mode: str, waiters: int, give_up: float) -> None:
     print("ready", flush=True)
     await loop.run_in_executor(None, sys.stdin.readline)
 
-    async def waiter() -> tuple[float | None, str | None]:
+    async def asking() -> tuple[float, str | None]:
         started = time.monotonic()
-        # It is not cancelled: some pools wait on for what a cancelled task was waiting for.
-        task = asyncio.create_task(pool.use())
-        task.add_done_callback(lambda task: ended.update({task: time.monotonic()}))
-        await asyncio.wait({task}, timeout=give_up)
-        if not task.done():
-            return None, None
-        error = task.exception()
-        return ended[task] - started, error and type(error).__name__
+        try:
+            await pool.use()
+        except Exception as error:
+            return time.monotonic() - started, type(error).__name__
+        return time.monotonic() - started, None
 
-    ended: dict[Any, float] = {}
+    async def waiter() -> tuple[float | None, str | None]:
+        # It is not cancelled: some pools wait on for what a cancelled task was waiting for.
+        task = asyncio.create_task(asking())
+        await asyncio.wait({task}, timeout=give_up)
+        return task.result() if task.done() else (None, None)
+
     found = await asyncio.gather(*(waiter() for _ in range(waiters)))
     print(json.dumps(found), flush=True)
     os._exit(0)  # what hangs would be waited for
