@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from .killing import Kills
 from .running import Report
@@ -54,7 +54,7 @@ def kills_table(kills: Mapping[str, Kills]) -> Table:
 
 def _table(headings: Sequence[str]) -> Table:
     first, *others = headings
-    table = Table(first)
+    table = Table(Column(first, no_wrap=True))
     for heading in others:
         table.add_column(heading, justify="right")
     return table

@@ -1,6 +1,7 @@
 """What every test can ask for."""
 
 import pytest
+from fastapi import routing
 from hypothesis import settings
 
 from tests.servers import database_url as database_url
@@ -20,3 +21,9 @@ settings.load_profile("databases")
 def anyio_backend() -> str:
     """`async def` tests run on asyncio: FastAPI's users do, and trio is only here for Selenium."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _endpoints_of_its_own() -> None:
+    """FastAPI remembers by their `id()` where endpoints are defined: also when they are gone."""
+    routing._endpoint_context_cache.clear()

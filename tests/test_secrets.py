@@ -253,7 +253,7 @@ def test_the_canaries_are_where_they_can_be_seen(secret: Secret) -> None:
         assert secret.client.get("/members/").status_code == 503
         return
     with closing(live.plain_database(secret.url)) as db:
-        [(hidden,)] = (
+        [(hidden,), *_] = (
             peewee.Table("canary members").bind(db).select(peewee.SQL("canary_hidden")).tuples()
         )
         assert "canary" in hidden
