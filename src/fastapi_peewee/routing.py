@@ -222,8 +222,8 @@ def _answering(
         return answers.serialise(outcome)
 
     call = on_the_loop if _is_coroutine_callable(endpoint) else in_one_hop
-    # FastAPI names the endpoint's file and line in its errors. What it remembers by `id()` has to go
-    # with the function, or it would be said of the next one with that `id()`.
+    # FastAPI names the endpoint's file and line in its errors. What it remembers by `id()` has to
+    # go with the function, or it would be said of the next one with that `id()`.
     _endpoint_context_cache[id(call)] = _extract_endpoint_context(endpoint)
     weakref.finalize(call, _endpoint_context_cache.pop, id(call), None)
     return call
