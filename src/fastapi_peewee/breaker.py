@@ -16,7 +16,7 @@ class Breaker:
     While attempts succeed, everybody may. After two that failed, one at a time may, each after a
     pause: 50 ms, then 100, 200 and 400, less a random part of up to a half, so that the processes
     of a service don't come back all at once. Most of the time, then, nobody waits for a database
-    that is away, and it is found less than half a second after its return.
+    that is away.
 
     Args:
         clock: monotonic seconds.
