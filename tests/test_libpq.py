@@ -14,7 +14,7 @@ from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 
 from fastapi_peewee import Database, InTransaction, get_db, param, prepared, respond
-from fastapi_peewee.libpq import Statements
+from fastapi_peewee.libpq import Statements, Watch
 from tests.apps import back_to_rest, client, connected, make_app
 
 VALUES: list[Any] = [0, -1, 2**15, -(2**31), 2**63 - 1, True, False, None, 0.1, -2.5e300]
@@ -53,14 +53,14 @@ async def note(db: Database) -> Any:
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The threads in which compiled statements are run."""
     seen: list[str] = []
-    for name in ("texts", "_ask"):
-        original = getattr(Statements, name)
+    for kind, name in ((Statements, "texts"), (Watch, "ask")):
+        original = getattr(kind, name)
 
         def noting(*args: Any, original: Any = original) -> Any:
             seen.append(threading.current_thread().name)
             return original(*args)
 
-        monkeypatch.setattr(Statements, name, noting)
+        monkeypatch.setattr(kind, name, noting)
     return seen
 
 

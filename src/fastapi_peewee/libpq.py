@@ -10,8 +10,10 @@ And what waits for the server for a stated time: connecting, and asking whether 
 import asyncio
 import functools
 import math
+import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -74,6 +76,7 @@ class Statements:
         from psycopg import pq  # a driver is imported where it is used
 
         self._pq = pq
+        self._conn = conn
         self._pgconn = conn.pgconn
         # `prepare_threshold=None` is psycopg's way to say that a pooler can't keep statements.
         self._usable = conn.prepare_threshold is not None and conn.info.encoding == "utf-8"
@@ -113,56 +116,18 @@ class Statements:
         try:
             while True:
                 method, arguments = steps.send(result)
-                result = await self._ask(_SENDERS[method], arguments)
+                result = await self._watch().ask(_SENDERS[method], arguments)
         except StopIteration as done:
             return self._column(done.value)
 
-    async def _ask(self, method: str, arguments: Any) -> Any:
-        pgconn, loop = self._pgconn, asyncio.get_running_loop()
-        answered = loop.create_future()
-        results = []
-        socket = pgconn.socket
-        watched = True
-        timer: asyncio.TimerHandle
-
-        def unwatch() -> None:
-            # At once: libpq closes the socket of a lost connection, and then its number may be that
-            # of another one, which the event loop would take for watched already.
-            nonlocal watched
-            if watched:
-                watched = False
-                loop.remove_reader(socket)
-
-        def read() -> None:
-            try:
-                pgconn.consume_input()
-                while not pgconn.is_busy():
-                    result = pgconn.get_result()
-                    if result is None:
-                        _settle(answered)
-                        unwatch()
-                        return
-                    results.append(result)
-            except Exception as error:
-                _settle(answered, error)
-                unwatch()
-
-        def look() -> None:
-            nonlocal timer
-            read()
-            if not answered.done():
-                timer = loop.call_later(_LOOK_EVERY, look)
-
-        timer = loop.call_later(_LOOK_EVERY, look)
-        try:
-            loop.add_reader(socket, read)
-            getattr(pgconn, method)(*arguments)
-            pgconn.flush()
-            await answered
-        finally:
-            timer.cancel()
-            unwatch()
-        return results[-1]
+    def _watch(self) -> "Watch":
+        watch: Watch | None = self._conn.watch
+        loop = asyncio.get_running_loop()
+        if watch is None or watch.loop is not loop or not watch.end.alive:
+            if watch is not None:
+                watch.end()
+            watch = self._conn.watch = Watch(self._pgconn, loop)
+        return watch
 
     def _column(self, result: Any) -> list[bytes]:
         if result.status != self._pq.ExecStatus.TUPLES_OK:
@@ -207,6 +172,114 @@ _SENDERS = {
 }
 
 
+class Watch:
+    """A connection's socket, as one event loop watches it, from one statement to the next.
+
+    It has a descriptor of its own, since libpq closes the other one when a connection is lost, in
+    any thread. Its number may be another socket's then, which the event loop would take for watched
+    already.
+
+    Raises:
+        NotImplementedError: this event loop can't watch sockets.
+    """
+
+    def __init__(self, pgconn: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pgconn = pgconn
+        self._answered: asyncio.Future[None] | None = None
+        self._results: list[Any] = []
+        self._looks = _looks.setdefault(loop, _Looks())
+        fd = os.dup(pgconn.socket)
+        #: Stop watching. To be called once or more, in any thread.
+        self.end = weakref.finalize(self, _unwatch_soon, loop, fd)
+        self.end.atexit = False
+        try:
+            loop.add_reader(fd, _read, weakref.ref(self))
+        except NotImplementedError:
+            self.end.detach()
+            os.close(fd)
+            raise
+
+    async def ask(self, method: str, arguments: Any) -> Any:
+        """The last result of what one of libpq's functions sends."""
+        answered = self._answered = self.loop.create_future()
+        self._looks.add(self)
+        try:
+            getattr(self._pgconn, method)(*arguments)
+            self._pgconn.flush()
+            await answered
+            return self._results[-1]
+        finally:
+            self._answered, self._results = None, []
+            self._looks.discard(self)
+
+    def read(self) -> None:
+        """Take what has come."""
+        answered = self._answered
+        if answered is None:  # what a thread has asked for, or the server has hung up
+            self.end()
+            return
+        try:
+            self._pgconn.consume_input()
+            while not self._pgconn.is_busy():
+                result = self._pgconn.get_result()
+                if result is None:
+                    _settle(answered)
+                    return
+                self._results.append(result)
+        except Exception as error:
+            _settle(answered, error)
+            self.end()
+
+
+def _read(watch: "weakref.ref[Watch]") -> None:
+    if (found := watch()) is not None:
+        found.read()
+
+
+def _unwatch_soon(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    try:
+        loop.call_soon_threadsafe(_unwatch, loop, fd)
+    except RuntimeError:  # it is closed
+        os.close(fd)
+
+
+def _unwatch(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    loop.remove_reader(fd)
+    os.close(fd)
+
+
+class _Looks:
+    """Has all sockets that tasks of one event loop wait for looked at, now and then."""
+
+    def __init__(self) -> None:
+        self._watches: set[Watch] = set()
+        self._is_due = False
+
+    def add(self, watch: Watch) -> None:
+        self._watches.add(watch)
+        self._go_on(watch.loop)
+
+    def discard(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._is_due:
+            self._is_due = True
+            loop.call_later(_LOOK_EVERY, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_due = False
+        for watch in list(self._watches):
+            watch.read()
+        if self._watches:
+            self._go_on(loop)
+
+
+_looks: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Looks]"
+_looks = weakref.WeakKeyDictionary()
+
+
 def _adapted(params: Sequence[Any]) -> tuple[list[int], list[bytes | None]] | None:
     oids, values = [], []
     try:
@@ -221,7 +294,8 @@ def _adapted(params: Sequence[Any]) -> tuple[list[int], list[bytes | None]] | No
 
 @functools.cache
 def connection_class() -> type[Any]:
-    """psycopg's connection, except that `connect_timeout` may be any number of seconds.
+    """psycopg's connection, which an event loop may watch, and whose `connect_timeout` may be any
+    number of seconds.
 
     psycopg and libpq take whole ones, at least two; 0.5 would be 0, which is for ever.
     """
@@ -230,6 +304,13 @@ def connection_class() -> type[Any]:
     from psycopg.errors import ConnectionTimeout
 
     class TimedConnection(Connection[Any]):
+        watch: Watch | None = None
+
+        def close(self) -> None:
+            super().close()
+            if self.watch is not None:
+                self.watch.end()
+
         @classmethod
         def _connect_gen(cls, conninfo: str = "", **options: Any) -> Any:
             seconds = float(conninfo_to_dict(conninfo).get("connect_timeout") or 0)
