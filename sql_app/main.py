@@ -120,14 +120,14 @@ async def read_users(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
 
 
 @app.get("/users/{user_id}", response_model=schemas.User)
-async def read_user(user_id: UserId) -> peewee.ModelSelect:
-    return models.User.select().where(models.User.id == user_id)
+async def read_user(user_id: UserId) -> Any:
+    return crud.user_by_id(user_id=user_id)
 
 
 @app.post("/users/{user_id}/items/", response_model=schemas.Item, responses=WITH_BODY)
-def create_item_for_user(user_id: UserId, item: schemas.ItemCreate) -> models.Item:
+async def create_item_for_user(user_id: UserId, item: schemas.ItemCreate) -> models.Item:
     try:
-        return crud.create_user_item(item, user_id)
+        return await crud.create_user_item(item, user_id)
     except peewee.IntegrityError as error:
         raise HTTPException(404, "User not found") from error
 

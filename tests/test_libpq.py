@@ -3,7 +3,9 @@
 import asyncio
 import datetime
 import threading
+import uuid
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from typing import Annotated, Any
 
 import anyio
@@ -14,12 +16,14 @@ from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 
 from fastapi_peewee import Database, InTransaction, get_db, param, prepared, respond
-from fastapi_peewee.libpq import Statements, Watch
+from fastapi_peewee.libpq import Statements, column
+from fastapi_peewee.sockets import Watch
 from tests.apps import back_to_rest, client, connected, make_app
 
 VALUES: list[Any] = [0, -1, 2**15, -(2**31), 2**63 - 1, True, False, None, 0.1, -2.5e300]
-VALUES += ["", "é", 'a"b\\c%s%%', "1"]
-PSYCOPGS: list[Any] = [2**63, "a\0b", "\ud800", datetime.date(2024, 1, 2), b"a", 1 + 0j]
+VALUES += ["", "é", 'a"b\\c%s%%', "1", 2**63, b"a", Decimal("1.50"), uuid.UUID(int=7), [1, 2]]
+VALUES += [datetime.date(2024, 1, 2), datetime.datetime(2024, 1, 2, 3, tzinfo=datetime.UTC)]
+REFUSED: list[Any] = ["a\0b", "\ud800", 1 + 0j]
 
 
 class Out(BaseModel):
@@ -53,7 +57,7 @@ async def note(db: Database) -> Any:
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The threads in which compiled statements are run."""
     seen: list[str] = []
-    for kind, name in ((Statements, "texts"), (Watch, "ask")):
+    for kind, name in ((Statements, "run"), (Watch, "ask")):
         original = getattr(kind, name)
 
         def noting(*args: Any, original: Any = original) -> Any:
@@ -90,23 +94,33 @@ async def test_values(db: Database, mode: str, value: Any) -> None:
         statements = Statements(db.connection())
         for _ in range(3):
             if mode == "thread":
-                found = statements.texts(sql, [value])
+                found = statements.run(sql, [value])
             else:
-                found = asyncio.run(statements.atexts(sql, [value]))
-            assert found is not None
-            assert found[0] == (b"" if expected is None else expected.encode()) or (
-                expected is None and found[0] is None
-            )
+                found = asyncio.run(statements.arun(sql, [value]))
+            assert statements.rows(found) == [(expected,)]
+            assert column(found) == [expected and expected.encode()] or not expected
 
     await db.run(check)
 
 
-@pytest.mark.parametrize("value", PSYCOPGS, ids=repr)
-async def test_values_that_are_left_to_psycopg(db: Database, value: Any) -> None:
-    """A value of another type, or that libpq would cut or refuse, is left to psycopg."""
-    statements = await db.run(lambda: Statements(db.connection()))
-    assert statements.texts("SELECT %s", [value]) is None
-    assert await statements.atexts("SELECT %s", [value]) is None
+@pytest.mark.parametrize("mode", ["thread", "loop"])
+@pytest.mark.parametrize("value", REFUSED, ids=repr)
+async def test_values_that_are_refused(db: Database, mode: str, value: Any) -> None:
+    """A value that can't be sent has psycopg's error, and the connection goes on."""
+
+    def check() -> None:
+        with pytest.raises((psycopg.Error, UnicodeError)) as expected:
+            db.connection().execute("SELECT %s", [value])
+        statements = Statements(db.connection())
+        for _ in range(3):
+            with pytest.raises(expected.type):
+                if mode == "thread":
+                    statements.run("SELECT %s", [value])
+                else:
+                    asyncio.run(statements.arun("SELECT %s", [value]))
+        assert column(statements.run("SELECT 'a'", [])) == [b"a"]
+
+    await db.run(check)
 
 
 async def test_where_it_runs(db: Database, note: Any, threads: list[str]) -> None:
@@ -198,7 +212,7 @@ async def slow(db: Database, note: Any) -> FastAPI:
 async def running(db: Database) -> None:
     """Wait until the server is busy with the slow query."""
     sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%%pg_sleep%%' AND state = "
-    sql += "'active' AND pid <> pg_backend_pid()"
+    sql += "'active' AND pid <> pg_backend_pid() AND datname = current_database()"
     with anyio.fail_after(5):
         while (await db.aexecute_sql(sql))[0][0] == 0:
             await anyio.sleep(0.01)
@@ -230,7 +244,8 @@ async def test_the_server_ends_the_connection(
         await running(db)
         await db.aexecute_sql(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE query LIKE '%%pg_sleep%%' AND pid <> pg_backend_pid()"
+            "WHERE query LIKE '%%pg_sleep%%' AND pid <> pg_backend_pid() "
+            "AND datname = current_database()"
         )
         response = await task
         assert response.status_code == 503
@@ -283,7 +298,7 @@ async def test_a_pooler_between(postgres_url: str, threads: list[str]) -> None:
     """`prepare_threshold=None`, for poolers that keep no statements, leaves all to psycopg."""
     async with connected(postgres_url, prepare_threshold=None) as db:
         statements = await db.run(lambda: Statements(db.connection()))
-        assert statements.texts("SELECT 'a'", []) is None
+        assert not statements.usable
 
 
 async def test_an_event_loop_that_forgets_a_socket(

@@ -14,13 +14,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from threading import get_ident
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, NoReturn, ParamSpec, TypeVar, overload
 
 import peewee
 
+from . import single
 from .async_names import AsyncNames
 from .blocks import Atomic, LeaseContext, Savepoint, Transaction
 from .calls import Call, result_of, run_follow_ups
+from .exceptions import BlockingQuery
 from .pool import Pool, PoolStats
 from .reads import Reads
 from .retries import Backoff, Retrying, retrying
@@ -42,7 +44,11 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+#: What Python makes of a value that can't be sent.
 _UNSENDABLE = OverflowError, UnicodeEncodeError
+
+#: The errors that `raise_refused()` is for.
+REFUSED = peewee.DatabaseError, *_UNSENDABLE
 
 
 class Database(AsyncNames, Reads):
@@ -261,7 +267,8 @@ class Database(AsyncNames, Reads):
             lease.root.tainted = True  # what is done with it, nobody sees
         return super().connection()
 
-    def cursor(self, named_cursor: Any = None) -> Any:
+    def cursor(self, named_cursor: Any = None, compiled: bool = False) -> Any:
+        """A cursor of the driver's. `compiled`: Peewee alone reads it, a query of its own."""
         lease = self._state.lease()
         if lease is not None:
             self._ensure_connected(lease)
@@ -313,22 +320,24 @@ class Database(AsyncNames, Reads):
     # Using a lease.
 
     def execute(self, query: Any, **context_options: Any) -> Any:
+        if (instead := single.executing.get()) is not None:
+            return instead(query)
         statement = None if context_options else self._sql_cache.statement(query)
         if statement is None:
             return super().execute(query, **context_options)
-        return self.execute_sql(*statement)
+        return self.execute_sql(*statement, compiled=True)
 
-    def execute_sql(self, sql: str, params: Any = None) -> Any:
+    def execute_sql(self, sql: str, params: Any = None, **options: Any) -> Any:
         forbid_lazy_load()
         lease = self._state.lease()
         if lease is None:
-            return super().execute_sql(sql, params)
+            return self._execute_cursor(sql, params, **options)
         self._taint(sql)
         if lease.owner == get_ident():
-            return super().execute_sql(sql, params)
+            return self._execute_cursor(sql, params, **options)
         turn = self.take_turn()
         try:
-            return super().execute_sql(sql, params)
+            return self._execute_cursor(sql, params, **options)
         finally:
             if turn is not None:
                 turn.give_turn()
@@ -337,18 +346,22 @@ class Database(AsyncNames, Reads):
         try:
             with self.waiting():
                 return super()._execute_cursor(sql, params, **options)
-        except (peewee.DatabaseError, *_UNSENDABLE) as error:
-            refused: Any = error
-            # What can't be sent, a lone surrogate or (SQLite) an integer of more than 64 bits,
-            # Peewee lets through; SQLite's driver may hide it behind the connection's last error.
-            found = getattr(error, "orig", error)
-            for unsendable in (found, found.__context__):
-                if isinstance(unsendable, _UNSENDABLE):
-                    refused = peewee.DataError(unsendable)
-            refused.statement = (self, sql, params)  # for who tells which field was refused
-            if refused is error:
-                raise
-            raise refused from error
+        except REFUSED as error:
+            self.raise_refused(error, sql, params)
+
+    def raise_refused(self, error: Any, sql: str, params: Any) -> NoReturn:
+        """Raise the error of a statement, as Peewee's and with the statement in it."""
+        refused = error
+        # What can't be sent, a lone surrogate or (SQLite) an integer of more than 64 bits, Peewee
+        # lets through; SQLite's driver may hide it behind the connection's last error.
+        found = getattr(error, "orig", error)
+        for unsendable in (found, found.__context__):
+            if isinstance(unsendable, _UNSENDABLE):
+                refused = peewee.DataError(unsendable)
+        refused.statement = (self, sql, params)  # for who tells which field was refused
+        if refused is error:
+            raise error
+        raise refused from error
 
     def _taint(self, sql: str) -> None:
         lease = self._state.lease()
@@ -417,6 +430,22 @@ class Database(AsyncNames, Reads):
             return await result_of(call)
         finally:
             await run_follow_ups(lease)
+
+    async def run_single(self, fn: Callable[[], T]) -> T:
+        """`await run(fn)`, for functions of Peewee's that execute one query and do nothing else
+        that waits: on the event loop, where the database can do that and no block is open.
+        """
+        if self.on_the_loop and self._state.lease() is None and not self.watched:
+            try:
+                query = single.query_of(fn)
+                statement = None if query is None else self._sql_cache.statement(query)
+            except BlockingQuery:  # a default value or a converter asks the database
+                statement = None
+            if statement is not None:
+                cursor = await self.aexecute_compiled(*statement)
+                if cursor is not None:
+                    return single.with_result(fn, cursor)
+        return await self.run(fn)
 
     @overload
     async def run(self, fn: Callable[..., T], /, *args: Any, retries: int, **kwargs: Any) -> T: ...

@@ -1,60 +1,25 @@
-"""Compiled statements on PostgreSQL, given to libpq directly: for rows of one text each.
+"""Compiled statements on PostgreSQL, given to libpq directly.
 
 psycopg's cursors take several steps for a statement, each of which lets other threads have the
 interpreter. Here a thread waits once, inside libpq; or the event loop waits for the socket, and no
-thread is needed. The texts go on as they came. Everything else goes through psycopg's cursors.
+thread is needed. Texts go on as they came. Values are converted by psycopg, as its cursors do it.
+Everything else goes through those.
 
 And what waits for the server for a stated time: connecting, and asking whether it is there.
 """
 
-import asyncio
 import functools
 import math
-import os
 import re
 import time
-import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from .drivers import wait_for
+from .sockets import Watch
 
 #: How many statements a connection knows at most; each takes memory of the server's.
 _MOST = 300
-
-#: Seconds after which a socket is looked at though the event loop said nothing: uvloop forgets one
-#: with an error (POLLERR), as that of a server that was killed, without calling anybody.
-_LOOK_EVERY = 0.1
-
-
-class _Unusual(Exception):
-    """A parameter that psycopg has to adapt."""
-
-
-def _int(value: int) -> tuple[int, bytes]:
-    # The smallest type, as psycopg does: functions that take `integer` refuse a `bigint`.
-    if -(2**15) <= value < 2**15:
-        return 21, b"%d" % value
-    if -(2**31) <= value < 2**31:
-        return 23, b"%d" % value
-    if -(2**63) <= value < 2**63:
-        return 20, b"%d" % value
-    raise _Unusual
-
-
-def _str(value: str) -> tuple[int, bytes]:
-    if "\0" in value:
-        raise _Unusual  # libpq would cut it there, without a word
-    return 0, value.encode()
-
-
-_ADAPTERS: dict[type, Callable[[Any], tuple[int, bytes | None]]] = {
-    bool: lambda value: (16, b"t" if value else b"f"),
-    float: lambda value: (701, repr(value).encode()),
-    int: _int,
-    str: _str,
-    type(None): lambda _: (0, None),
-}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,34 +38,34 @@ class Statements:
     """
 
     def __init__(self, conn: Any) -> None:
-        from psycopg import pq  # a driver is imported where it is used
+        from psycopg import adapt, pq  # a driver is imported where it is used
 
         self._pq = pq
+        self._auto = adapt.PyFormat.AUTO
+        self._adapter = adapt.Transformer
         self._conn = conn
         self._pgconn = conn.pgconn
-        # `prepare_threshold=None` is psycopg's way to say that a pooler can't keep statements.
-        self._usable = conn.prepare_threshold is not None and conn.info.encoding == "utf-8"
+        #: Whether the connection can be used in this way; else psycopg's cursors have to do it.
+        self.usable: bool = conn.keeps_statements and conn.info.encoding == "utf-8"
         self._names: dict[tuple[Any, ...], bytes | None] = {}
         self._count = 0
 
-    def texts(self, sql: str, params: Sequence[Any]) -> list[bytes] | None:
-        """The first column of all rows. None if psycopg has to do it; then nothing was sent.
+    def run(self, sql: str, params: Sequence[Any]) -> Any:
+        """Run a statement. Returns libpq's result, in text form.
 
         Raises:
             psycopg.Error: as a cursor would.
         """
-        adapted = _adapted(params) if self._usable else None
-        if adapted is None:
-            return None
-        steps, result = self._steps(sql, *adapted), None
+        steps, result = self._steps(sql, params), None
         try:
             while True:
                 method, arguments = steps.send(result)
                 result = getattr(self._pgconn, method)(*arguments)
         except StopIteration as done:
-            return self._column(done.value)
+            result = done.value
+        return self._checked(result)
 
-    async def atexts(self, sql: str, params: Sequence[Any]) -> list[bytes] | None:
+    async def arun(self, sql: str, params: Sequence[Any]) -> Any:
         """The same on the event loop, without a thread.
 
         If it is cancelled, or fails otherwise than with an error of the statement's, an answer may
@@ -109,59 +74,111 @@ class Statements:
         Raises:
             NotImplementedError: this event loop can't watch sockets; nothing was sent.
         """
-        adapted = _adapted(params) if self._usable else None
-        if adapted is None:
-            return None
-        steps, result = self._steps(sql, *adapted), None
+        watch = Watch.of(self._conn)
+        steps, result = self._steps(sql, params), None
         try:
             while True:
                 method, arguments = steps.send(result)
-                result = await self._watch().ask(_SENDERS[method], arguments)
+                result = await watch.ask(_SENDERS[method], arguments)
         except StopIteration as done:
-            return self._column(done.value)
+            result = done.value
+        return self._checked(result)
 
-    def _watch(self) -> "Watch":
-        watch: Watch | None = self._conn.watch
-        loop = asyncio.get_running_loop()
-        if watch is None or watch.loop is not loop or not watch.end.alive:
-            if watch is not None:
-                watch.end()
-            watch = self._conn.watch = Watch(self._pgconn, loop)
-        return watch
+    def rows(self, result: Any) -> list[Any]:
+        """The rows of a result, as a cursor would return them."""
+        adapter = self._adapter(self._conn)
+        adapter.set_pgresult(result)
+        rows: list[Any] = adapter.load_rows(0, result.ntuples, tuple)
+        return rows
 
-    def _column(self, result: Any) -> list[bytes]:
-        if result.status != self._pq.ExecStatus.TUPLES_OK:
+    def forget(self) -> None:
+        """Take none of them for known any more: the server may have dropped them."""
+        self._names.clear()
+
+    def _checked(self, result: Any) -> Any:
+        status = self._pq.ExecStatus
+        if result.status not in (status.TUPLES_OK, status.COMMAND_OK):
             import psycopg
 
             if self._pgconn.status != self._pq.ConnStatus.OK:
                 raise psycopg.OperationalError(self._pgconn.get_error_message())
             raise psycopg.errors.error_from_result(result)
-        return [result.get_value(i, 0) for i in range(result.ntuples)]
+        return result
 
-    def _steps(
-        self, sql: str, oids: list[int], values: list[bytes | None]
-    ) -> Generator[tuple[str, Any], Any, Any]:
+    def _steps(self, sql: str, params: Sequence[Any]) -> Generator[tuple[str, Any], Any, Any]:
         """Yields what to ask the server for, is sent the results, and returns the last one."""
-        key = (sql, *oids)
+        adapter = self._adapter(self._conn)
+        values = adapter.dump_sequence(params, [self._auto] * len(params))
+        types, formats = adapter.types, adapter.formats
+        key = (sql, types)
         name = self._names.get(key)
         if name is None:
             if key not in self._names:
                 if len(self._names) < _MOST:
                     self._names[key] = None
-                return (yield "exec_params", (_command(sql), values, oids))
+                return (yield "exec_params", (_command(sql), values, types, formats))
             self._count += 1
             name = b"fastapi_peewee_%d" % self._count
-            result = yield "prepare", (name, _command(sql), oids)
+            result = yield "prepare", (name, _command(sql), types)
             if result.status != self._pq.ExecStatus.COMMAND_OK:
                 return result
             self._names[key] = name
-        result = yield "exec_prepared", (name, values)
-        if result.error_field(self._pq.DiagnosticField.SQLSTATE) == b"26000":
-            # DEALLOCATE ALL or DISCARD ALL. In a transaction, that is lost by now.
+        result = yield "exec_prepared", (name, values, formats)
+        if result.error_field(self._pq.DiagnosticField.SQLSTATE) in _STALE:
+            # In a transaction, that is lost by now.
             self._names.clear()
             if self._pgconn.transaction_status == self._pq.TransactionStatus.IDLE:
-                return (yield "exec_params", (_command(sql), values, oids))
+                return (yield "exec_params", (_command(sql), values, types, formats))
         return result
+
+
+#: What the server says of a prepared statement that it has no more (after DEALLOCATE ALL or DISCARD
+#: ALL), and of one whose columns have other types by now (after ALTER TABLE).
+_STALE = b"26000", b"0A000"
+
+
+class Cursor:
+    """A cursor, as far as Peewee reads it, of statements that are run in this way."""
+
+    def __init__(self, statements: Statements) -> None:
+        self._statements = statements
+        self._rows: Iterator[Any] = iter(())
+        self.description: list[tuple[Any, ...]] | None = None
+        self.rowcount = -1
+
+    def execute(self, sql: str, params: Sequence[Any]) -> None:
+        self._load(self._statements.run(sql, params))
+
+    @classmethod
+    def of(cls, statements: Statements, result: Any) -> "Cursor":
+        """A cursor that has executed a statement with this result."""
+        cursor = cls(statements)
+        cursor._load(result)
+        return cursor
+
+    def _load(self, result: Any) -> None:
+        columns = range(result.nfields)
+        self.description = [
+            (result.fname(i).decode(), result.ftype(i), None, None, None, None, None)
+            for i in columns
+        ] or None
+        self._rows = iter(self._statements.rows(result) if columns else ())
+        changed = result.command_tuples
+        self.rowcount = -1 if changed is None else changed
+
+    def fetchone(self) -> Any:
+        return next(self._rows, None)
+
+    def fetchall(self) -> list[Any]:
+        return list(self._rows)
+
+    def close(self) -> None:
+        """There is nothing to close: all rows are here."""
+
+
+def column(result: Any) -> list[bytes]:
+    """The first column of a result's rows, in UTF-8."""
+    return [result.get_value(i, 0) for i in range(result.ntuples)]
 
 
 #: libpq's functions that only send, for those that wait for the answer, too.
@@ -170,126 +187,6 @@ _SENDERS = {
     "exec_prepared": "send_query_prepared",
     "prepare": "send_prepare",
 }
-
-
-class Watch:
-    """A connection's socket, as one event loop watches it, from one statement to the next.
-
-    It has a descriptor of its own, since libpq closes the other one when a connection is lost, in
-    any thread. Its number may be another socket's then, which the event loop would take for watched
-    already.
-
-    Raises:
-        NotImplementedError: this event loop can't watch sockets.
-    """
-
-    def __init__(self, pgconn: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._pgconn = pgconn
-        self._answered: asyncio.Future[None] | None = None
-        self._results: list[Any] = []
-        self._looks = _looks.setdefault(loop, _Looks())
-        fd = os.dup(pgconn.socket)
-        #: Stop watching. To be called once or more, in any thread.
-        self.end = weakref.finalize(self, _unwatch_soon, loop, fd)
-        self.end.atexit = False
-        try:
-            loop.add_reader(fd, _read, weakref.ref(self))
-        except NotImplementedError:
-            self.end.detach()
-            os.close(fd)
-            raise
-
-    async def ask(self, method: str, arguments: Any) -> Any:
-        """The last result of what one of libpq's functions sends."""
-        answered = self._answered = self.loop.create_future()
-        self._looks.add(self)
-        try:
-            getattr(self._pgconn, method)(*arguments)
-            self._pgconn.flush()
-            await answered
-            return self._results[-1]
-        finally:
-            self._answered, self._results = None, []
-            self._looks.discard(self)
-
-    def read(self) -> None:
-        """Take what has come."""
-        answered = self._answered
-        if answered is None:  # what a thread has asked for, or the server has hung up
-            self.end()
-            return
-        try:
-            self._pgconn.consume_input()
-            while not self._pgconn.is_busy():
-                result = self._pgconn.get_result()
-                if result is None:
-                    _settle(answered)
-                    return
-                self._results.append(result)
-        except Exception as error:
-            _settle(answered, error)
-            self.end()
-
-
-def _read(watch: "weakref.ref[Watch]") -> None:
-    if (found := watch()) is not None:
-        found.read()
-
-
-def _unwatch_soon(loop: asyncio.AbstractEventLoop, fd: int) -> None:
-    try:
-        loop.call_soon_threadsafe(_unwatch, loop, fd)
-    except RuntimeError:  # it is closed
-        os.close(fd)
-
-
-def _unwatch(loop: asyncio.AbstractEventLoop, fd: int) -> None:
-    loop.remove_reader(fd)
-    os.close(fd)
-
-
-class _Looks:
-    """Has all sockets that tasks of one event loop wait for looked at, now and then."""
-
-    def __init__(self) -> None:
-        self._watches: set[Watch] = set()
-        self._is_due = False
-
-    def add(self, watch: Watch) -> None:
-        self._watches.add(watch)
-        self._go_on(watch.loop)
-
-    def discard(self, watch: Watch) -> None:
-        self._watches.discard(watch)
-
-    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._is_due:
-            self._is_due = True
-            loop.call_later(_LOOK_EVERY, self._look, loop)
-
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._is_due = False
-        for watch in list(self._watches):
-            watch.read()
-        if self._watches:
-            self._go_on(loop)
-
-
-_looks: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Looks]"
-_looks = weakref.WeakKeyDictionary()
-
-
-def _adapted(params: Sequence[Any]) -> tuple[list[int], list[bytes | None]] | None:
-    oids, values = [], []
-    try:
-        for value in params:
-            oid, text = _ADAPTERS[type(value)](value)
-            oids.append(oid)
-            values.append(text)
-    except (_Unusual, KeyError, UnicodeEncodeError):
-        return None
-    return oids, values
 
 
 @functools.cache
@@ -305,6 +202,9 @@ def connection_class() -> type[Any]:
 
     class TimedConnection(Connection[Any]):
         watch: Watch | None = None
+        #: Whether statements may be prepared. `prepare_threshold=None` is psycopg's way to say that
+        #: they may not: a pooler would give them to others.
+        keeps_statements = True
 
         def close(self) -> None:
             super().close()
@@ -342,9 +242,14 @@ def ask(pgconn: Any, sql: bytes, seconds: float) -> Any:
     Raises:
         psycopg.OperationalError: the connection is lost.
     """
-    deadline = time.monotonic() + seconds
     pgconn.send_query(sql)
     pgconn.flush()
+    return answer(pgconn, seconds)
+
+
+def answer(pgconn: Any, seconds: float) -> Any:
+    """The same of what has been sent already."""
+    deadline = time.monotonic() + seconds
     found = None
     while True:
         while not pgconn.is_busy():
@@ -355,11 +260,3 @@ def ask(pgconn: Any, sql: bytes, seconds: float) -> Any:
         if not wait_for(pgconn.socket, 1, deadline - time.monotonic()):
             return None
         pgconn.consume_input()
-
-
-def _settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
-    if not future.done():
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)

@@ -1,27 +1,35 @@
 """PostgreSQL through psycopg 3: sessions, cursors of the server's, what was lost."""
 
+import asyncio
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 import peewee
 
 from .blocks import Atomic
-from .database import Database
+from .calls import uninterrupted
+from .database import REFUSED, Database
 from .drivers import cause_of, isolation, readable, shut_down
-from .libpq import Statements, ask, connection_class
+from .exceptions import OutcomeUnknown
+from .libpq import Cursor, Statements, answer, ask, column, connection_class
+from .outcomes import READS
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
-# What DISCARD ALL does, in the order of its manual page, but for the prepared statements: psycopg
-# has made most of them, and goes on using them. Returns the number of those that it hasn't made.
+# What DISCARD ALL does, in the order of its manual page, but for the prepared statements: most of
+# them are ours, and go on being used. Returns the number of those that aren't.
 _RESET = (
     b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;"
     b"SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;"
     b"SELECT count(*) FROM pg_prepared_statements WHERE from_sql"
 )
 
+
+T = TypeVar("T")
 
 _cursors = itertools.count(1)
 
@@ -52,16 +60,19 @@ class _Fetching:
         """Peewee closes when a half-read query is collected: see `Lease.server_cursors`."""
 
 
-def _statements(lease: Lease) -> Statements:
+def _statements(lease: Lease) -> Statements | None:
+    """Those of its connection, or None if psycopg's cursors have to be used."""
     held = lease.root.held
     if held.statements is None:
         held.statements = Statements(held.conn)
     statements: Statements = held.statements
-    return statements
+    return statements if statements.usable else None
 
 
 class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     """PostgreSQL through psycopg 3, also where psycopg2 is installed."""
+
+    on_the_loop = True
 
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)
@@ -78,6 +89,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if self._isolation_level:
             conn.set_isolation_level(self._isolation_level)
         conn.autocommit = True
+        conn.keeps_statements = conn.prepare_threshold is not None
         return conn
 
     def begin(self, isolation_level: Any = None, *, read_only: bool = False) -> None:
@@ -98,49 +110,81 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if lease is not None and lease.owner == get_ident() and self._unwatched(sql):
             forbid_lazy_load()
             self._state.guard()
-            with self.waiting():
-                texts = _statements(lease).texts(sql, params)
-            if texts is not None:
-                return texts
+            statements = _statements(lease)
+            if statements is not None:
+                try:
+                    with self.waiting(), translate_driver_errors:
+                        return column(statements.run(sql, params))
+                except REFUSED as error:
+                    self.raise_refused(error, sql, params)
         return super().read_texts(sql, params)
 
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
-        if self._state.lease() is not None or not self._unwatched(sql):
+        if not self._unwatched(sql):
+            return None
+        return await self._on_the_loop(sql, params, lambda _, result: column(result))
+
+    async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
+        if not self._unwatched(sql):
+            return None
+        return await self._on_the_loop(sql, params, Cursor.of)
+
+    async def _on_the_loop(
+        self, sql: str, params: Sequence[Any], read: Callable[[Statements, Any], T]
+    ) -> T | None:
+        """Run a statement outside of any block. None if that can't be; then nothing was sent."""
+        if self._state.lease() is not None:
             return None
         lease = await self.pool.acquire()
         try:
-            if not self.pool.connect_at_once(lease):
+            if not self.pool.connect_at_once(lease) or (statements := _statements(lease)) is None:
                 return None
+            conn = lease.held.conn
+            unsure = READS.match(sql) is None and self.is_open(conn)
             try:
                 with self.pool.waiting(lease), translate_driver_errors:
-                    return await _statements(lease).atexts(sql, params)
-            except peewee.DatabaseError:
-                raise
-            except BaseException as error:  # cancelled: an answer may be on its way
-                lease.held.conn.close()
+                    return read(statements, await statements.arun(sql, params))
+            except REFUSED as error:
+                if unsure and self.lost(conn, error):
+                    raise OutcomeUnknown("A statement that writes was sent") from error
+                self.raise_refused(error, sql, params)
+            except BaseException as error:
                 if isinstance(error, NotImplementedError):
                     return None
+                if isinstance(error, asyncio.CancelledError) and unsure:
+                    # What is cancelled is over when the caller learns of it, as in a thread.
+                    end = partial(self._end_statement, conn)
+                    await uninterrupted(asyncio.ensure_future(asyncio.to_thread(end)))
+                conn.close()  # an answer may be on its way
                 raise
         finally:
             self.pool.give_back(lease)
+
+    def _end_statement(self, conn: Any) -> None:
+        self.interrupt(conn)
+        with suppress(Exception):  # the connection is lost
+            answer(conn.pgconn, _CANCEL_TIMEOUT)
 
     def _unwatched(self, sql: str) -> bool:
         """Whether nobody wants to see it, and it leaves the session as it was."""
         return not self.watched and not self.taints(sql)
 
     def texts(self, cursor: Any) -> list[bytes]:
-        result = cursor.pgresult  # as libpq has them: unread, in UTF-8
-        return [result.get_value(i, 0) for i in range(result.ntuples)]
+        return column(cursor.pgresult)
 
     def reading(self) -> Atomic:
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
 
-    def cursor(self, named_cursor: Any = None) -> Any:
+    def cursor(self, named_cursor: Any = None, compiled: bool = False) -> Any:
+        lease = self._state.lease()
+        if compiled and lease is not None and not lease.root.tainted:
+            statements = _statements(lease)
+            if statements is not None:
+                return Cursor(statements)
         cursor = super().cursor()
         if not named_cursor:
             return cursor
         cursor = self._state.conn.cursor(f"fastapi_peewee_{next(_cursors)}")
-        lease = self._state.lease()
         if lease is not None:
             lease.root.server_cursors.append(cursor)
         return cursor
@@ -185,6 +229,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             return False
 
     def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+        # psycopg prepares none itself: its DEALLOCATE ALL, after a DROP or a ROLLBACK, would be the
+        # end of ours, too.
+        conn.prepare_threshold = None
         settings = []
         if statement_timeout is not None:
             settings.append(f"statement_timeout = {math.ceil(statement_timeout * 1000)}")
@@ -219,6 +266,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
                 cursor.close()  # outside of a transaction that asks nothing of the server
         if not lease.tainted:
             return True
+        if lease.held.statements is not None:
+            lease.held.statements.forget()
         result = conn.pgconn.exec_(_RESET)
         self.prepare_session(conn, self.pool.statement_timeout)
         return result.status == ExecStatus.TUPLES_OK and result.get_value(0, 0) == b"0"

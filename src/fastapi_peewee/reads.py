@@ -86,6 +86,15 @@ class Reads(Outcomes):
         """The same on the event loop, without a thread; None where that can't be, or not now."""
         return None
 
+    #: Whether `aexecute_compiled()` may do something.
+    on_the_loop = False
+
+    async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
+        """Run one of Peewee's statements on the event loop, outside of any block. Returns a cursor
+        with all rows; None where that can't be, or not now: then nothing was sent.
+        """
+        return None
+
     @property
     def watched(self) -> bool:
         """Whether somebody wants to see each statement, as Peewee's hooks or its log show it."""

@@ -1,8 +1,11 @@
 """`await User.aget(…)` and the like: the names of `playhouse.pwasyncio`, thin calls of `db.run`."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import peewee
+
+from .exceptions import BlockingQuery
 
 if TYPE_CHECKING:
     from .database import Database
@@ -18,6 +21,22 @@ def _database(model: Any) -> "Database":
             "Make the database with `fastapi_peewee.connect(url)`."
         )
     return db
+
+
+def _is_peewees(model: Any, *methods: str) -> bool:
+    """Whether these methods are Peewee's own, which execute one query."""
+    cls = model if isinstance(model, type) else type(model)
+    return all(
+        getattr(getattr(cls, name), "__func__", getattr(cls, name))
+        is getattr(getattr(peewee.Model, name), "__func__", getattr(peewee.Model, name))
+        for name in methods
+    )
+
+
+async def _run_single(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    fn = partial(getattr(model, method), *args, **kwargs)
+    db = _database(model)
+    return await (db.run_single(fn) if _is_peewees(model, method) else db.run(fn))
 
 
 async def _run(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -36,19 +55,26 @@ class AsyncModelMixin:
 
     @classmethod
     async def acreate(cls, **query: Any) -> Self:
-        return await _run(cls, "create", **query)
+        if not (_database(cls).on_the_loop and _is_peewees(cls, "create", "save")):
+            return await _run(cls, "create", **query)
+        try:
+            instance = cls(**query)
+        except BlockingQuery:  # a default value asks the database
+            return await _run(cls, "create", **query)
+        await _run_single(instance, "save", force_insert=True)
+        return instance
 
     @classmethod
     async def aget(cls, *query: Any, **filters: Any) -> Self:
-        return await _run(cls, "get", *query, **filters)
+        return await _run_single(cls, "get", *query, **filters)
 
     @classmethod
     async def aget_or_none(cls, *query: Any, **filters: Any) -> Self | None:
-        return await _run(cls, "get_or_none", *query, **filters)
+        return await _run_single(cls, "get_or_none", *query, **filters)
 
     @classmethod
     async def aget_by_id(cls, pk: Any) -> Self:
-        return await _run(cls, "get_by_id", pk)
+        return await _run_single(cls, "get_by_id", pk)
 
     @classmethod
     async def aget_or_create(cls, **kwargs: Any) -> tuple[Self, bool]:
@@ -56,11 +82,11 @@ class AsyncModelMixin:
 
     @classmethod
     async def aset_by_id(cls, key: Any, value: dict[Any, Any]) -> int:
-        return await _run(cls, "set_by_id", key, value)
+        return await _run_single(cls, "set_by_id", key, value)
 
     @classmethod
     async def adelete_by_id(cls, pk: Any) -> int:
-        return await _run(cls, "delete_by_id", pk)
+        return await _run_single(cls, "delete_by_id", pk)
 
     @classmethod
     async def abulk_create(cls, model_list: Any, batch_size: int | None = None) -> Any:
@@ -71,10 +97,11 @@ class AsyncModelMixin:
         return await _run(cls, "bulk_update", model_list, fields, batch_size)
 
     async def asave(self, force_insert: bool = False, only: Any = None) -> Any:
-        return await _run(self, "save", force_insert, only)
+        return await _run_single(self, "save", force_insert, only)
 
     async def adelete_instance(self, recursive: bool = False, delete_nullable: bool = False) -> int:
-        return await _run(self, "delete_instance", recursive, delete_nullable)
+        run = _run if recursive else _run_single
+        return await run(self, "delete_instance", recursive, delete_nullable)
 
     async def afetch(self, field: Any) -> Any:
         """The object that a foreign key refers to: `await item.afetch(Item.owner)`.

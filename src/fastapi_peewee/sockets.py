@@ -1,0 +1,140 @@
+"""The sockets of PostgreSQL's connections, as event loops watch them.
+
+Nothing here knows of statements.
+"""
+
+import asyncio
+import os
+import weakref
+from typing import Any
+
+#: Seconds after which a socket is looked at though the event loop said nothing: uvloop forgets one
+#: with an error (POLLERR), as that of a server that was killed, without calling anybody.
+_LOOK_EVERY = 0.1
+
+
+class Watch:
+    """A connection's socket, as one event loop watches it, from one statement to the next.
+
+    It has a descriptor of its own, since libpq closes the other one when a connection is lost, in
+    any thread. Its number may be another socket's then, which the event loop would take for watched
+    already.
+
+    Raises:
+        NotImplementedError: this event loop can't watch sockets.
+    """
+
+    def __init__(self, pgconn: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pgconn = pgconn
+        self._answered: asyncio.Future[None] | None = None
+        self._results: list[Any] = []
+        self._looks = _looks.setdefault(loop, _Looks())
+        fd = os.dup(pgconn.socket)
+        #: Stop watching. To be called once or more, in any thread.
+        self.end = weakref.finalize(self, _unwatch_soon, loop, fd)
+        self.end.atexit = False
+        try:
+            loop.add_reader(fd, _read, weakref.ref(self))
+        except NotImplementedError:
+            self.end.detach()
+            os.close(fd)
+            raise
+
+    @classmethod
+    def of(cls, conn: Any) -> "Watch":
+        """The watch of a connection, for the running event loop; made if need be."""
+        watch: Watch | None = conn.watch
+        loop = asyncio.get_running_loop()
+        if watch is None or watch.loop is not loop or not watch.end.alive:
+            if watch is not None:
+                watch.end()
+            watch = conn.watch = cls(conn.pgconn, loop)
+        return watch
+
+    async def ask(self, method: str, arguments: Any) -> Any:
+        """The last result of what one of libpq's functions sends."""
+        answered = self._answered = self.loop.create_future()
+        self._looks.add(self)
+        try:
+            getattr(self._pgconn, method)(*arguments)
+            self._pgconn.flush()
+            await answered
+            return self._results[-1]
+        finally:
+            self._answered, self._results = None, []
+            self._looks.discard(self)
+
+    def read(self) -> None:
+        """Take what has come."""
+        answered = self._answered
+        if answered is None:  # what a thread has asked for, or the server has hung up
+            self.end()
+            return
+        try:
+            self._pgconn.consume_input()
+            while not self._pgconn.is_busy():
+                result = self._pgconn.get_result()
+                if result is None:
+                    _settle(answered)
+                    return
+                self._results.append(result)
+        except Exception as error:
+            _settle(answered, error)
+            self.end()
+
+
+def _read(watch: "weakref.ref[Watch]") -> None:
+    if (found := watch()) is not None:
+        found.read()
+
+
+def _unwatch_soon(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    try:
+        loop.call_soon_threadsafe(_unwatch, loop, fd)
+    except RuntimeError:  # it is closed
+        os.close(fd)
+
+
+def _unwatch(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    loop.remove_reader(fd)
+    os.close(fd)
+
+
+class _Looks:
+    """Has all sockets that tasks of one event loop wait for looked at, now and then."""
+
+    def __init__(self) -> None:
+        self._watches: set[Watch] = set()
+        self._is_due = False
+
+    def add(self, watch: Watch) -> None:
+        self._watches.add(watch)
+        self._go_on(watch.loop)
+
+    def discard(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._is_due:
+            self._is_due = True
+            loop.call_later(_LOOK_EVERY, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_due = False
+        for watch in list(self._watches):
+            watch.read()
+        if self._watches:
+            self._go_on(loop)
+
+
+_looks: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Looks]"
+_looks = weakref.WeakKeyDictionary()
+
+
+def _settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

@@ -1,0 +1,253 @@
+"""Methods of Peewee's that execute one query: on the event loop where the database can do that."""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import peewee
+import pytest
+from playhouse.signals import Model as SignalModel
+from playhouse.signals import pre_save
+
+from fastapi_peewee import Database, OutcomeUnknown
+from fastapi_peewee.sockets import Watch
+from fastapi_peewee.state import RequestScope
+from fastapi_peewee.verbs import AsyncModelMixin
+from tests.apps import back_to_rest, connected
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection counts as used just now, however slow the machine."""
+    monkeypatch.setattr("fastapi_peewee.pool.CHECK_AFTER", 3600)
+
+
+@pytest.fixture
+async def db(postgres_url: str) -> AsyncIterator[Database]:
+    async with connected(postgres_url, pool_size=2) as db:
+        yield db
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of the server on the event loop."""
+    seen: list[str] = []
+    ask = Watch.ask
+
+    def noting(self: Watch, method: str, arguments: Any) -> Any:
+        seen.append(method)
+        return ask(self, method, arguments)
+
+    monkeypatch.setattr(Watch, "ask", noting)
+    return seen
+
+
+def make(db: Database) -> Any:
+    class Note(db.Model):
+        text = peewee.TextField(unique=True)
+        number = peewee.IntegerField(default=7)
+        key = peewee.UUIDField(default=uuid.uuid4)
+
+    return Note
+
+
+@pytest.fixture
+async def note(db: Database) -> Any:
+    """A model whose statements have been seen before, so that their SQL is known."""
+    note = make(db)
+    await db.acreate_tables([note])
+    for text in ("a", "b"):
+        made = await note.acreate(text=text)
+        made.number = 8
+        await made.asave()
+        await note.aget(note.text == text)
+        await note.aget_or_none(note.text == text)
+        await note.aget_by_id(made.id)
+        await note.aset_by_id(made.id, {"number": 9})
+        await made.adelete_instance()
+        await note.adelete_by_id(made.id)
+    return note
+
+
+async def test_on_the_event_loop(db: Database, note: Any, asked: list[str]) -> None:
+    """Each of these methods is one statement on the event loop, and does what it does otherwise."""
+    made = await note.acreate(text="c", number=1)
+    assert (made.id, made.text, made.number, made.dirty_fields) == (3, "c", 1, [])
+    made.number = 2
+    assert await made.asave() == 1
+    found = await note.aget(note.text == "c")
+    assert (found, found.number, found.key) == (made, 2, made.key)
+    assert await note.aget_or_none(note.text == "nobody") is None
+    with pytest.raises(note.DoesNotExist):
+        await note.aget_by_id(99)
+    assert await note.aset_by_id(made.id, {"number": 3}) == 1
+    assert (await note.aget_by_id(made.id)).number == 3
+    assert await made.adelete_instance() == 1
+    assert await note.adelete_by_id(made.id) == 0
+    assert len(asked) >= 9  # one each, and those that are prepared at this sight
+    assert db.pool_stats.in_use == 0
+
+
+async def test_default_values_are_made_once(db: Database, note: Any, asked: list[str]) -> None:
+    """The instance has the values that are in the database, also where a function makes them."""
+    made = await note.acreate(text="c")
+    assert asked
+    assert (await note.aget_by_id(made.id)).key == made.key
+
+
+async def test_inside_a_block(db: Database, note: Any, asked: list[str]) -> None:
+    """Inside a transaction they are part of it, in the thread that has its turn."""
+    with pytest.raises(LookupError):
+        async with db.atomic():
+            await note.acreate(text="c")
+            assert (await note.aget(note.text == "c")).text == "c"
+            raise LookupError
+    assert asked == []
+    assert await note.aget_or_none(note.text == "c") is None
+
+
+async def test_methods_of_ones_own(db: Database, note: Any, asked: list[str]) -> None:
+    """A model that overrides `save`, which may do anything, is left to a thread."""
+    threads = []
+
+    class Noisy(note):
+        class Meta:
+            table_name = note._meta.table_name
+
+        def save(self, *args: Any, **kwargs: Any) -> Any:
+            threads.append(threading.current_thread())
+            return super().save(*args, **kwargs)
+
+    for text in "cde":
+        await Noisy.acreate(text=text)
+    assert threading.current_thread() not in threads
+    assert len(threads) == 3
+    assert asked == []
+
+
+async def test_signals(db: Database, note: Any, asked: list[str]) -> None:
+    """The signals of playhouse are sent once for each save."""
+
+    class Signalling(AsyncModelMixin, SignalModel):
+        text = peewee.TextField()
+
+        class Meta:
+            database = db
+            table_name = note._meta.table_name
+
+    sent = []
+
+    @pre_save(sender=Signalling)  # type: ignore[untyped-decorator]
+    def note_it(model: Any, instance: Any, created: bool) -> None:
+        sent.append(instance.text)
+
+    await db.aexecute_sql(f"ALTER TABLE {note._meta.table_name} ALTER number SET DEFAULT 1")
+    await db.aexecute_sql(
+        f"ALTER TABLE {note._meta.table_name} ALTER key SET DEFAULT gen_random_uuid()"
+    )
+    for text in "cde":
+        await Signalling.acreate(text=text)
+    assert sent == ["c", "d", "e"]
+
+
+async def test_a_default_value_that_asks_the_database(db: Database, asked: list[str]) -> None:
+    """A default that runs a query of its own is made in a thread, as ever."""
+
+    class Counted(db.Model):
+        number = peewee.IntegerField(default=lambda: Counted.select().count())
+
+    await db.acreate_tables([Counted])
+    made = [(await db.run(Counted.create)).number for _ in range(2)]
+    made += [(await in_a_request(Counted.acreate)).number for _ in range(3)]
+    assert made == [0, 1, 2, 3, 4]
+
+
+async def in_a_request(fn: Any) -> Any:
+    token = RequestScope.current.set(RequestScope())
+    try:
+        return await fn()
+    finally:
+        RequestScope.current.reset(token)
+
+
+async def test_errors(db: Database, note: Any, asked: list[str]) -> None:
+    """An error is Peewee's, with the statement that it came of; the connection is kept."""
+    await note.acreate(text="c")
+    opened = db.pool_stats.opened
+    for text, kind in (("c", peewee.IntegrityError), ("\0", peewee.DataError)):
+        with pytest.raises(kind) as failure:
+            await note.acreate(text=text)
+        assert failure.value.statement[1].startswith("INSERT")
+    with pytest.raises(peewee.DataError):
+        await note.acreate(text="\ud800")
+    with pytest.raises(peewee.DataError):
+        await note.acreate(text="d", number=2**40)
+    assert len(asked) >= 3
+    await note.acreate(text="d")
+    assert db.pool_stats.opened == opened
+    assert db.pool_stats.in_use == 0
+
+
+async def slow(db: Database, note: Any) -> None:
+    """Inserts of "slow" take a minute."""
+    table = note._meta.table_name
+    await db.aexecute_sql(
+        "CREATE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF NEW.text = 'slow' THEN PERFORM pg_sleep(60); END IF; RETURN NEW; END $$"
+    )
+    await db.aexecute_sql(
+        f"CREATE TRIGGER slow BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION take_time()"
+    )
+
+
+BUSY = (
+    "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+)
+
+
+async def running(db: Database, asked: list[str]) -> int:
+    """Wait until the server is busy with what was asked; return its process number."""
+    with anyio.fail_after(10):
+        while not asked:
+            await anyio.lowlevel.checkpoint()
+        while not (rows := await db.aexecute_sql(BUSY)):
+            await anyio.sleep(0.01)
+    return int(rows[0][0])
+
+
+async def test_cancelled(db: Database, note: Any, asked: list[str]) -> None:
+    """A write that is cancelled is over when its task is, and not done."""
+    await slow(db, note)
+    task = asyncio.create_task(note.acreate(text="slow"))
+    await running(db, asked)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await db.aexecute_sql(BUSY) == []
+    await back_to_rest(db)
+    assert await note.aget_or_none(note.text == "slow") is None
+
+
+async def test_an_unknown_outcome(db: Database, note: Any, asked: list[str]) -> None:
+    """A write whose connection is lost before the answer has an outcome that is unknown."""
+    await slow(db, note)
+    task = asyncio.create_task(note.acreate(text="slow"))
+    pid = await running(db, asked)
+    await db.aexecute_sql("SELECT pg_terminate_backend(%s)", (pid,))
+    with pytest.raises(OutcomeUnknown):
+        await task
+    await back_to_rest(db)
+    assert await note.aget_or_none(note.text == "slow") is None
+
+
+async def test_whoever_watches_statements_sees_these(db: Database, note: Any) -> None:
+    """Hooks see each of them."""
+    seen: list[str] = []
+    db.query_hooks.append(lambda event: seen.append(event.sql))
+    await note.acreate(text="c")
+    await note.aget(note.text == "c")
+    assert [sql.split()[0] for sql in seen] == ["INSERT", "SELECT"]
