@@ -267,8 +267,7 @@ class Database(AsyncNames, Reads):
             lease.root.tainted = True  # what is done with it, nobody sees
         return super().connection()
 
-    def cursor(self, named_cursor: Any = None, compiled: bool = False) -> Any:
-        """A cursor of the driver's. `compiled`: Peewee alone reads it, a query of its own."""
+    def cursor(self, named_cursor: Any = None) -> Any:
         lease = self._state.lease()
         if lease is not None:
             self._ensure_connected(lease)
@@ -325,19 +324,19 @@ class Database(AsyncNames, Reads):
         statement = None if context_options else self._sql_cache.statement(query)
         if statement is None:
             return super().execute(query, **context_options)
-        return self.execute_sql(*statement, compiled=True)
+        return self.execute_sql(*statement)
 
-    def execute_sql(self, sql: str, params: Any = None, **options: Any) -> Any:
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
         forbid_lazy_load()
         lease = self._state.lease()
         if lease is None:
-            return self._execute_cursor(sql, params, **options)
+            return super().execute_sql(sql, params)
         self._taint(sql)
         if lease.owner == get_ident():
-            return self._execute_cursor(sql, params, **options)
+            return super().execute_sql(sql, params)
         turn = self.take_turn()
         try:
-            return self._execute_cursor(sql, params, **options)
+            return super().execute_sql(sql, params)
         finally:
             if turn is not None:
                 turn.give_turn()

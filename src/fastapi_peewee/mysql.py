@@ -135,7 +135,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
                 cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation(isolation_level)}")
             cursor.execute("START TRANSACTION READ ONLY")
 
-    def cursor(self, named_cursor: Any = None, compiled: bool = False) -> Any:
+    def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor()
         if not named_cursor:
             return cursor

@@ -18,6 +18,7 @@ from .drivers import cause_of, isolation, readable, shut_down
 from .exceptions import OutcomeUnknown
 from .libpq import Cursor, Statements, answer, ask, column, connection_class
 from .outcomes import READS
+from .sql_cache import Statement
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
 # What DISCARD ALL does, in the order of its manual page, but for the prepared statements: most of
@@ -174,6 +175,11 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
     def reading(self) -> Atomic:
         return self.atomic(read_only=True)  # a server-side cursor lives in a transaction
+
+    def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
+        if type(sql) is Statement:
+            options["compiled"] = True
+        return super()._execute_cursor(sql, params, **options)
 
     def cursor(self, named_cursor: Any = None, compiled: bool = False) -> Any:
         lease = self._state.lease()

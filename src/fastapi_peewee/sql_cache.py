@@ -9,6 +9,12 @@ from .templates import Template, compile_template
 _KEPT = 1000
 
 
+class Statement(str):
+    """The SQL of a query of Peewee's, of whose cursor nobody but Peewee will know."""
+
+    __slots__ = ()
+
+
 class SqlCache:
     """What one database remembers. A template is made when a shape comes for the second time.
 
@@ -33,6 +39,8 @@ class SqlCache:
             return None
         if template is None:
             template = compile_template(query, shape, self._database) or False
+            if isinstance(template, Template):
+                template.sql = Statement(template.sql)
             self._templates[shape.key] = template
         if not isinstance(template, Template):
             return None

@@ -145,7 +145,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         # Around `execute_sql` of ours, which would take the session for changed.
         peewee.Database.execute_sql(self, f"PRAGMA query_only = {value}")
 
-    def cursor(self, named_cursor: Any = None, compiled: bool = False) -> Any:
+    def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor(named_cursor)
         lease = self._state.lease()
         if lease is not None:
