@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What the library warns of is what we do to it.
     logging.getLogger("fastapi_peewee").addHandler(logging.NullHandler())
     try:
-        clean = (_kill if options.kills else _soak)(options, console)
+        clean = (_soak if options.kills is None else _kill)(options, console)
     except UnavailableError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1

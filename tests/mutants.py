@@ -102,6 +102,8 @@ CANCELLATION = "tests/test_cancellation.py"
 REQUESTS = "tests/test_cancelled_requests.py"
 BLOCKS = "tests/test_transaction_machine.py"
 POOL = "tests/test_pool_machine.py"
+LIBPQ = "tests/test_libpq.py tests/test_single_statements.py"
+INLINE = "tests/test_inline_reads.py"
 
 MUTANTS = [
     Mutant(
@@ -210,7 +212,7 @@ MUTANTS = [
     Mutant(
         "a connection goes back with an answer on its way",
         (
-            Edit("postgresql", "PostgresqlDatabase.aread_texts", "lease.held.conn.close()", "None"),
+            Edit("postgresql", "PostgresqlDatabase._on_the_loop", "conn.close()", "None"),
             Edit(
                 "postgresql", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"
             ),
@@ -321,6 +323,74 @@ MUTANTS = [
         "a child process uses its parent's pool",
         (Edit("pool", "Pool._forked", "self._start()", "None"),),
         POOL,
+    ),
+    Mutant(
+        "a cancelled write runs on",
+        (
+            Edit(
+                "postgresql",
+                "PostgresqlDatabase._on_the_loop",
+                "await uninterrupted(asyncio.ensure_future(asyncio.to_thread(end)))",
+                "end",
+            ),
+        ),
+        f"{LIBPQ} -k cancelled",
+    ),
+    Mutant(
+        "a write whose answer is lost has failed",
+        (
+            Edit(
+                "postgresql",
+                "PostgresqlDatabase._on_the_loop",
+                "unsure and self.lost(conn, error)",
+                "False",
+            ),
+        ),
+        f"{LIBPQ} -k unknown",
+    ),
+    Mutant(
+        "psycopg deallocates what was prepared",
+        (
+            Edit(
+                "postgresql",
+                "PostgresqlDatabase.prepare_session",
+                "conn.prepare_threshold = None",
+                "pass",
+            ),
+        ),
+        f"{LIBPQ} -k prepared_by_us",
+    ),
+    Mutant(
+        "a socket that the event loop has forgotten isn't looked at",
+        (Edit("sockets", "_Looks._look", "watch.read()", "pass"),),
+        f"{LIBPQ} -k forgets",
+    ),
+    Mutant(
+        "the watch of a connection that is closed stays",
+        (Edit("libpq", "connection_class", "self.watch.end()", "None"),),
+        f"{LIBPQ} -k descriptors",
+    ),
+    Mutant(
+        "a read on SQLite's event loop is never stopped",
+        (Edit("inline", "InlineReader._is_late", "self._clock() > self._deadline", "False"),),
+        INLINE,
+    ),
+    Mutant(
+        "a read on SQLite's event loop waits for another loop's",
+        (
+            Edit(
+                "inline",
+                "InlineReader.read",
+                "self._lock.acquire(blocking=False)",
+                "self._lock.acquire()",
+            ),
+        ),
+        INLINE,
+    ),
+    Mutant(
+        "a child process reads through its parent's connection",
+        (Edit("inline", "InlineReader.ready", "self._generation != generation()", "False"),),
+        INLINE,
     ),
 ]
 

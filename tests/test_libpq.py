@@ -2,9 +2,11 @@
 
 import asyncio
 import datetime
+import os
 import threading
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -311,3 +313,39 @@ async def test_an_event_loop_that_forgets_a_socket(
     monkeypatch.setattr(loop, "remove_reader", lambda _: False)
     with anyio.fail_after(5):
         assert await db.aread_texts("SELECT 'a'", []) == [b"a"]
+
+
+async def test_statements_that_were_prepared_by_us(db: Database, note: Any) -> None:
+    """Neither a ROLLBACK nor a DROP is the end of a prepared statement, as it is of psycopg's."""
+
+    def work() -> None:
+        for _ in range(7):  # often enough for psycopg to prepare what it is given
+            with suppress(LookupError), db.atomic():
+                assert note.get_by_id(1).text == "a"
+                db.execute_sql("SELECT 1")
+                raise LookupError
+        db.execute_sql("CREATE TABLE gone (id integer)")
+        db.execute_sql("DROP TABLE gone")
+        with db.atomic():
+            assert note.get_by_id(1).text == "a"
+
+    for _ in range(3):
+        await db.run(work)
+    assert db.pool_stats.discarded == 0
+
+
+async def test_descriptors(db: Database, note: Any) -> None:
+    """A connection that is closed leaves no descriptor behind, also where an event loop had
+    watched it; what a thread has asked for in between ends the watch, and it begins anew."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        await db.aexecute_sql("SELECT 1")
+        for _ in range(3):
+            assert await db.aread_texts("SELECT 'a'", []) == [b"a"]
+            await db.aexecute_sql("SELECT pg_sleep(0.01)")
+            await asyncio.sleep(0)
+        db.close_all()
+        await asyncio.sleep(0.01)
+    with anyio.fail_after(5):
+        while len(os.listdir("/proc/self/fd")) >= before:
+            await asyncio.sleep(0.01)

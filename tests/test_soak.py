@@ -84,3 +84,13 @@ def test_the_command_that_kills(capsys: pytest.CaptureFixture[str]) -> None:
     """`--kills` counts what was killed, and ends with 0 if nothing was lost."""
     assert main(["--kills", "2", "--database", "sqlite"]) == 0
     assert "a writer, sqlite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--kills"], ["--kills", "3"]])
+def test_what_the_command_does(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """`--kills` kills processes, also without a number, and without it there are random faults."""
+    done: list[str] = []
+    monkeypatch.setattr("soak.__main__._kill", lambda *_: done.append("kills") or True)
+    monkeypatch.setattr("soak.__main__._soak", lambda *_: done.append("faults") or True)
+    assert main(arguments) == 0
+    assert done == ["kills" if arguments else "faults"]
