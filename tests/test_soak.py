@@ -90,7 +90,7 @@ def test_the_command_that_kills(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_the_command_does(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     """`--kills` kills processes, also without a number, and without it there are random faults."""
     done: list[str] = []
-    monkeypatch.setattr("soak.__main__._kill", lambda *_: done.append("kills") or True)
-    monkeypatch.setattr("soak.__main__._soak", lambda *_: done.append("faults") or True)
+    monkeypatch.setattr("soak.__main__._kill", lambda *_: [done.append("kills")])
+    monkeypatch.setattr("soak.__main__._soak", lambda *_: [done.append("faults")])
     assert main(arguments) == 0
     assert done == ["kills" if arguments else "faults"]
