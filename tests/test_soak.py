@@ -1,5 +1,6 @@
 """`make soak`: rounds of operations under random faults, and how it ends."""
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -90,7 +91,15 @@ def test_the_command_that_kills(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_the_command_does(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     """`--kills` kills processes, also without a number, and without it there are random faults."""
     done: list[str] = []
-    monkeypatch.setattr("soak.__main__._kill", lambda *_: [done.append("kills")])
-    monkeypatch.setattr("soak.__main__._soak", lambda *_: [done.append("faults")])
+
+    def note(what: str) -> Callable[..., bool]:
+        def run(*_: Any) -> bool:
+            done.append(what)
+            return True
+
+        return run
+
+    monkeypatch.setattr("soak.__main__._kill", note("kills"))
+    monkeypatch.setattr("soak.__main__._soak", note("faults"))
     assert main(arguments) == 0
     assert done == ["kills" if arguments else "faults"]
