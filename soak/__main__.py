@@ -53,7 +53,9 @@ def _soak(options: argparse.Namespace, console: Console) -> bool:
             asyncio.run(_rounds(report, options, time.monotonic() + seconds, on_progress))
     console.print(closing_table(reports))
     for report in reports:
-        again = f'make soak ARGS="--seed {options.seed} --database {report.database} --round …"'
+        pauses = "" if options.pauses == 1 else f"--pauses {options.pauses:g} "
+        same = f"--seed {options.seed} --database {report.database} {pauses}--round …"
+        again = f'make soak ARGS="{same}"'
         for words in (*report.violations, *report.leaks):
             console.print(f"{report.database}, {words}", style="red", markup=False)
         if not report.clean:
@@ -66,7 +68,13 @@ async def _rounds(
 ) -> None:
     with target_on(report.database) as target:
         rounds = run_rounds(
-            report, target, options.seed, options.operations, on_progress, options.round or 0
+            report,
+            target,
+            options.seed,
+            options.operations,
+            on_progress,
+            options.round or 0,
+            options.pauses,
         )
         async for _ in rounds:
             on_progress()
@@ -123,6 +131,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--operations", type=int, default=2000, help="of a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pauses",
+        type=float,
+        default=1.0,
+        help="times as long between faults, so that more operations are done (default: 1)",
     )
     parser.add_argument("--round", type=int, help="only this one")
     parser.add_argument(

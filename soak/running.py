@@ -99,6 +99,7 @@ async def run_rounds(
     operations: int,
     on_progress: Callable[[], None] = lambda: None,
     first: int = 0,
+    pauses: float = 1.0,
 ) -> AsyncIterator[None]:
     """Run one round after the other, each of so many operations, until nobody asks for the next.
 
@@ -109,6 +110,7 @@ async def run_rounds(
         operations: of each round.
         on_progress: called often.
         first: the number of the first round.
+        pauses: how many times as long the pauses between faults are, as the schedule has them.
     """
     workload = Workload(target.db)
     workload.outcomes, workload.errors = report.outcomes, report.errors
@@ -119,7 +121,14 @@ async def run_rounds(
         try:
             async with asyncio.timeout(STUCK):
                 found = await _round(
-                    report, target, workload, f"{seed}/{number}", operations, level, on_progress
+                    report,
+                    target,
+                    workload,
+                    f"{seed}/{number}",
+                    operations,
+                    level,
+                    on_progress,
+                    pauses,
                 )
         except TimeoutError:
             report.violations.append(f"round {number}: stuck after {STUCK:g} s")
@@ -139,6 +148,7 @@ async def _round(
     operations: int,
     level: str | None,
     on_progress: Callable[[], None],
+    pauses: float,
 ) -> list[str]:
     await workload.begin(seed, operations, level)
     numbers = iter(range(operations))
@@ -155,7 +165,7 @@ async def _round(
     async def disturb() -> None:
         kind = "sqlite" if target.proxy is None else target.url.partition(":")[0]
         for planned in schedule(kind, seed):
-            await asyncio.sleep(planned.pause)
+            await asyncio.sleep(planned.pause * pauses)
             if over.is_set():
                 return
             await do(planned, target)
