@@ -129,6 +129,26 @@ async def test_methods_of_ones_own(db: Database, note: Any, asked: list[str]) ->
     assert asked == []
 
 
+async def test_what_they_call_may_be_ones_own(db: Database, note: Any, asked: list[str]) -> None:
+    """A model that overrides what such a method calls is left to a thread as well: `get`, say."""
+
+    class Audited(note):
+        class Meta:
+            table_name = note._meta.table_name
+
+        @classmethod
+        def get(cls, *query: Any, **filters: Any) -> Any:
+            assert cls.select().count() >= 0
+            return super().get(*query, **filters)
+
+    await note.acreate(text="c")
+    asked.clear()
+    for _ in range(3):
+        assert (await Audited.aget_by_id(3)).text == "c"
+        assert (await Audited.aget(Audited.text == "c")).id == 3
+    assert asked == []
+
+
 async def test_signals(db: Database, note: Any, asked: list[str]) -> None:
     """The signals of playhouse are sent once for each save."""
 

@@ -1,6 +1,7 @@
 """`await User.aget(…)` and the like: the names of `playhouse.pwasyncio`, thin calls of `db.run`."""
 
-from functools import partial
+import inspect
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Self
 
 import peewee
@@ -23,20 +24,40 @@ def _database(model: Any) -> "Database":
     return db
 
 
-def _is_peewees(model: Any, *methods: str) -> bool:
-    """Whether these methods are Peewee's own, which execute one query."""
-    cls = model if isinstance(model, type) else type(model)
+#: Methods of Peewee's that execute one query, and those that they call for it. A model that
+#: overrides one of these may do more.
+_SINGLE = {
+    "save": ("insert", "update"),
+    "get": ("select",),
+    "get_or_none": ("get", "select"),
+    "get_by_id": ("get", "select"),
+    "set_by_id": ("insert", "update"),
+    "delete_by_id": ("delete",),
+    "delete_instance": ("delete",),
+}
+
+
+@lru_cache(maxsize=1024)
+def _is_single(model: Any, method: str) -> bool:
+    """Whether this method executes one query, and does nothing else that may wait."""
     return all(
-        getattr(getattr(cls, name), "__func__", getattr(cls, name))
-        is getattr(getattr(peewee.Model, name), "__func__", getattr(peewee.Model, name))
-        for name in methods
+        inspect.getattr_static(model, name) is inspect.getattr_static(peewee.Model, name)
+        for name in (method, *_SINGLE[method])
     )
+
+
+@lru_cache(maxsize=1024)
+def _creates(model: Any) -> bool:
+    """Whether `create()` makes an instance and saves it, and that is a single statement."""
+    create = inspect.getattr_static(peewee.Model, "create")
+    return inspect.getattr_static(model, "create") is create and _is_single(model, "save")
 
 
 async def _run_single(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     fn = partial(getattr(model, method), *args, **kwargs)
     db = _database(model)
-    return await (db.run_single(fn) if _is_peewees(model, method) else db.run(fn))
+    cls: Any = model if isinstance(model, type) else type(model)
+    return await (db.run_single(fn) if _is_single(cls, method) else db.run(fn))
 
 
 async def _run(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +76,8 @@ class AsyncModelMixin:
 
     @classmethod
     async def acreate(cls, **query: Any) -> Self:
-        if not (_database(cls).on_the_loop and _is_peewees(cls, "create", "save")):
+        model: Any = cls
+        if not (_database(cls).on_the_loop and _creates(model)):
             return await _run(cls, "create", **query)
         try:
             instance = cls(**query)
