@@ -108,18 +108,72 @@ async def test_a_waiter_cancelled_after_the_grant_passes_its_slot_on() -> None:
     assert at_rest(gate)
 
 
-def test_a_waiter_whose_loop_is_closed_is_passed_over() -> None:
-    """A slot is not handed to a task of an event loop that exists no more."""
-    gate = Gate(1)
-    gate.acquire_nowait()
+@contextmanager
+def left_behind(gate: Gate) -> Iterator[None]:
+    """A task that waits, of an event loop that is closed."""
     loop = asyncio.new_event_loop()
     abandoned = loop.create_task(gate.acquire(LONG))
     loop.run_until_complete(until_waiting(gate, 1))
     loop.close()
-    gate.release()
-    assert at_rest(gate)
+    yield
     abandoned.get_coro().close()
     abandoned._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+def test_a_waiter_whose_loop_is_closed_is_passed_over() -> None:
+    """A slot is not handed to a task of an event loop that exists no more."""
+    gate = Gate(1, free=0)
+    with left_behind(gate):
+        gate.release()
+        assert at_rest(gate)
+
+
+class Late(Gate):
+    """A slot becomes free after somebody has asked for one, and before he gets into the queue."""
+
+    def acquire_nowait(self) -> bool:
+        taken = super().acquire_nowait()
+        if not taken:
+            self.release()
+        return taken
+
+
+async def test_a_slot_that_becomes_free_on_the_way_to_the_queue_is_taken() -> None:
+    """Nobody waits for a slot that is free already, since nobody would wake him."""
+    assert await Late(1, free=0).acquire(LONG)
+    assert Late(1, free=0).acquire_blocking(LONG)
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_a_thread_that_is_interrupted_as_it_waits_keeps_no_slot(
+    monkeypatch: pytest.MonkeyPatch, granted: bool
+) -> None:
+    """Ctrl-C takes the thread out of the queue; a slot that it was granted just then goes on."""
+    gate = Gate(1, free=0)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if granted:
+                gate.release()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading, "Event", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gate.acquire_blocking(LONG)
+    if not granted:
+        gate.release()
+    assert at_rest(gate)
+
+
+def test_closing_passes_over_a_loop_that_is_closed() -> None:
+    """Those who wait elsewhere are sent away all the same."""
+    gate = Gate(1, free=0)
+    with left_behind(gate), ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(gate.acquire_blocking, LONG)
+        asyncio.run(until_waiting(gate, 2))
+        gate.close()
+        with pytest.raises(PoolClosed):
+            waiting.result()
 
 
 async def test_closing_sends_everybody_away() -> None:
