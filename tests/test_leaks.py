@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastapi_peewee import Database, connect
+from fastapi_peewee import Database, LeaseEnded, connect
 from fastapi_peewee.gate import Gate
 from fastapi_peewee.leaks import Watch
 from fastapi_peewee.state import Lease
@@ -221,6 +221,18 @@ async def test_a_nested_block_that_was_dropped_lets_the_outer_one_end(
         assert "A nested block was entered and dropped without being left." in texts
         await note.acreate(text="more")
     assert await db.count(note.select()) == 2
+
+
+def test_a_dropped_block_gives_the_turn_back() -> None:
+    """What the collector's thread does, in one that can be looked into: no later use of the block
+    is possible, and the one around it has its turn."""
+    outer = lease()
+    nested = Lease(parent=outer)
+    with pytest.warns(ResourceWarning, match="without being left"):
+        nested.dropped(nested)
+    with pytest.raises(LeaseEnded):
+        nested.check()
+    assert outer.turn.acquire_nowait()
 
 
 async def test_a_lease_may_be_collected_under_any_lock(db: Database) -> None:

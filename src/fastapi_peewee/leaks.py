@@ -55,13 +55,11 @@ class Watch:
 
     def begin(self, lease: Lease) -> None:
         self._out[id(lease)] = _Taken(weakref.ref(lease), self._clock(), _stack())
-        if not self._is_running:
-            with self._lock:
-                if not self._is_running:
-                    self._is_running = True
-                    threading.Thread(
-                        target=self._run, name="fastapi-peewee-leaks", daemon=True
-                    ).start()
+        with self._lock:
+            if self._is_running:
+                return
+            self._is_running = True
+        threading.Thread(target=self._run, name="fastapi-peewee-leaks", daemon=True).start()
 
     def end(self, lease: Lease) -> None:
         self._out.pop(id(lease), None)
@@ -93,11 +91,9 @@ class Watch:
             time.sleep(self.limit / 4)
             self.look()
             with self._lock:
-                self._is_running = False
-                # Who has put one in before this looks, may have seen that it runs.
-                if not self._out:
+                if not self._out:  # who puts one in from now on sees that nobody looks
+                    self._is_running = False
                     return
-                self._is_running = True
 
 
 def _stack(frame: FrameType | None = None) -> _Stack:

@@ -222,8 +222,8 @@ class Lease:
 def _drop_block(lease: Lease) -> None:
     """End a nested block that nobody will leave, so that the one around it can end."""
     lease.ended = True
-    if lease.parent is not None:
-        lease.parent.give_turn()
+    assert lease.parent is not None
+    lease.parent.give_turn()
     warnings.warn(
         "A nested block was entered and dropped without being left.", ResourceWarning, stacklevel=1
     )
