@@ -307,6 +307,84 @@ def test_a_forked_child_begins_with_a_pool_of_its_own(pool: Pool, driver: Driver
     assert pool.stats[:2] == (0, 2)
 
 
+@pytest.mark.parametrize("threshold", [None, 60.0])
+def test_a_lease_that_was_dropped_is_given_back_and_told(
+    driver: Driver, threshold: float | None
+) -> None:
+    """The collector's thread does what nobody did; the warning has the place where that is known.
+
+    Here in a thread that one can look into; `test_leaks` has the collector's.
+    """
+    pool = Pool(
+        driver,
+        size=1,
+        timeout=LONG,
+        max_waiting=1,
+        max_lifetime=60,
+        leak_detection_threshold=threshold,
+    )
+    lease = pool.acquire_blocking()
+    pool.connect(lease)
+    with pytest.warns(ResourceWarning, match="dropped without being given back") as warned:
+        lease.dropped(lease)
+    assert lease.ended
+    assert pool.stats[:2] == (0, 1)
+    hint = "leak_detection_threshold=" if threshold is None else "pool.acquire_blocking()"
+    assert hint in str(warned[0].message)
+
+
+def test_a_connection_that_an_interrupt_may_still_hit_is_not_used_again(
+    pool: Pool, driver: Driver
+) -> None:
+    """Where the database can't say that the interrupt has come, the connection is closed."""
+    lease = pool.acquire_blocking()
+    pool.interrupt(lease)  # before it has one
+    pool.wear_out(lease)
+    assert driver.interrupted == []
+    pool.connect(lease)
+    pool.interrupt(lease)
+    pool.give_back(lease)
+    lease = take(pool)
+    assert lease.state["conn"] == 0
+    driver.dirty.add(0)
+    pool.interrupt(lease)
+    driver.dirty.clear()
+    pool.give_back(lease)
+    assert (driver.interrupted, driver.closed) == ([0, 0], [0])
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_a_connection_that_cant_be_prepared_is_closed(
+    pool: Pool, driver: Driver, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """It is lent to nobody, and its slot is free."""
+
+    def prepare(conn: int, statement_timeout: float | None) -> None:
+        raise error
+
+    monkeypatch.setattr(driver, "prepare_session", prepare)
+    with pytest.raises(DatabaseUnavailable if error is OSError else ValueError):
+        take(pool)
+    assert (driver.closed, pool.stats.in_use) == ([0], 0)
+    monkeypatch.undo()
+    assert take(pool).state["conn"] == 1
+
+
+def test_a_connection_that_cant_be_closed_is_gone_all_the_same(
+    pool: Pool, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saying goodbye to a server that is away fails, and hurts nobody."""
+
+    def close(conn: int) -> None:
+        raise OSError("broken pipe")
+
+    monkeypatch.setattr(driver, "close_connection", close)
+    lease = take(pool)
+    pool.wear_out(lease)
+    pool.give_back(lease)
+    assert pool.stats == (0, 0, 0, 1, 1, 0, 0)
+
+
 # The names of playhouse.pool, on real databases.
 
 

@@ -203,10 +203,9 @@ class Pool:
         """
         workers = self._workers
         if workers is None:
-            with self._lock:
-                if self._workers is None:
-                    self._workers = Workers(2 * self.size, "fastapi-peewee")
-                workers = self._workers
+            with self._lock:  # another thread may have been faster
+                workers = self._workers or Workers(2 * self.size, "fastapi-peewee")
+                self._workers = workers
         return workers
 
     async def acquire(self) -> Lease:
