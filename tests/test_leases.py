@@ -20,6 +20,8 @@ from fastapi_peewee import (
     TurnTimeout,
     connect,
 )
+from fastapi_peewee.gate import Gate
+from fastapi_peewee.state import Lease
 
 POOL = 4
 
@@ -240,6 +242,24 @@ async def test_the_decorator_runs_async_functions_inside_the_transaction(
     with pytest.raises(ZeroDivisionError):
         await create("c", "d", fail=True)
     assert await names(account) == ["a", "b"]
+
+
+@pytest.mark.parametrize("end", ["closing", "ended"])
+async def test_who_waits_for_a_turn_as_the_block_ends_gets_an_error(end: str) -> None:
+    """And leaves the turn to the next, who gets one as well."""
+    lease = Lease(slot=Gate(1))
+    lease.dropped = lambda _: None
+    waiting = [asyncio.create_task(lease.take_turn(30)) for _ in range(2)]
+    while lease.turn.waiting < 2:
+        await asyncio.sleep(0)
+    setattr(lease, end, True)
+    lease.give_turn()
+    for each in waiting:
+        with pytest.raises(LeaseEnded):
+            await each
+    with pytest.raises(LeaseEnded):
+        lease.take_turn_blocking(30)
+    assert lease.turn.acquire_nowait()
 
 
 def test_the_decorator_refuses_generators(sqlite_url: str) -> None:

@@ -3,13 +3,16 @@
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import peewee
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from fastapi_peewee import (
@@ -20,7 +23,10 @@ from fastapi_peewee import (
     PeeweeRoute,
     connect,
     get_db,
+    lifecycle,
+    reset_db_state,
 )
+from fastapi_peewee.state import RequestScope
 from tests.apps import client, connected, make_app
 
 
@@ -46,6 +52,109 @@ async def test_tasks_of_a_request_that_hold_its_connection_at_once_hold_one(
                 db.pool.give_back(lease)
             assert (await asked).json() == 1
         assert db.pool_stats.in_use == 0
+
+
+async def test_threads_of_a_request_that_hold_its_connection_at_once_hold_one(
+    database_url: str,
+) -> None:
+    """So do `connection_context()`s in several threads: what was taken twice goes back at once."""
+    async with connected(database_url, pool_size=2) as db:
+        app = make_app(db, APIRoute)
+        both = threading.Barrier(2)
+
+        def hold() -> int:
+            with db.connection_context():
+                both.wait(30)
+                in_use = db.pool_stats.in_use
+                both.wait(30)
+            return in_use
+
+        @app.get("/")
+        def read() -> list[int]:
+            with ThreadPoolExecutor(2) as threads:
+                held = [threads.submit(copy_context().run, hold) for _ in range(2)]
+                return [each.result() for each in held]
+
+        taken = [await db.pool.acquire(), await db.pool.acquire()]
+        async with client(app) as http:
+            asked = asyncio.create_task(http.get("/"))
+            while db.pool_stats.waiting < 2:
+                await asyncio.sleep(0.001)
+            for lease in taken:
+                db.pool.give_back(lease)
+            assert (await asked).json() == [1, 1]
+        assert db.pool_stats.in_use == 0
+
+
+async def test_what_a_thread_gives_back_as_its_request_ends_is_given_back_once(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two comes first does it, and the other one nothing."""
+    async with connected(sqlite_url) as db:
+        request, lease = RequestScope(), await db.pool.acquire()
+        request.hold(db, lease)
+
+        @contextmanager
+        def sharing() -> Iterator[None]:
+            request.drop(db, lease)  # by a thread, before we have the lock
+            yield
+
+        monkeypatch.setattr(lifecycle, "sharing", sharing())
+        await lifecycle._release(request, over=True)
+        assert not lease.ended
+        db.pool.give_back(lease)
+
+
+async def test_a_thread_keeps_its_connection_while_the_response_is_sent(
+    database_url: str,
+) -> None:
+    """What a `yield` dependency holds with `connection_context()` it holds to its own end."""
+    async with connected(database_url) as db:
+        app = make_app(db, APIRoute)
+        after: list[Any] = []
+
+        def held() -> Iterator[None]:
+            with db.connection_context():
+                yield
+                after.append(db.execute_sql("SELECT 7").fetchone()[0])
+
+        @app.get("/", dependencies=[Depends(held)])
+        def read() -> int:
+            return int(db.execute_sql("SELECT 1").fetchone()[0])
+
+        async with client(app) as http:
+            assert (await http.get("/")).json() == 1
+        assert after == [7]
+        assert db.pool_stats.in_use == 0
+
+
+def test_a_database_of_peewees_own_has_a_lifespan_too(sqlite_url: str) -> None:
+    """There is no pool to close; asked for twice, it is one connection, and goes back."""
+    db = peewee.SqliteDatabase(sqlite_url.removeprefix("sqlite:///"), check_same_thread=False)
+    extension = Peewee(db)
+    app = FastAPI(lifespan=extension.lifespan)
+
+    @app.get("/", dependencies=[Depends(get_db)])
+    async def read() -> bool:
+        held = db._state.closed, await extension.get_db()
+        return held == (False, db) and not db.is_closed()
+
+    with TestClient(app) as http:
+        assert http.get("/").json() is True
+    assert db.is_closed()
+
+
+async def test_reset_db_state_does_nothing_to_a_database_with_a_pool(sqlite_url: str) -> None:
+    """It may stay in an application that has come over from FastAPI's how-to."""
+    async with connected(sqlite_url) as db:
+        app = make_app(db)
+
+        @app.get("/", dependencies=[Depends(get_db), Depends(reset_db_state)])
+        def read() -> list[int]:
+            return [db.execute_sql("SELECT 7").fetchone()[0], db.pool_stats.in_use]
+
+        async with client(app) as http:
+            assert (await http.get("/")).json() == [7, 1]
 
 
 # Startup and shutdown.

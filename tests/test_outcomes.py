@@ -310,6 +310,25 @@ async def test_a_savepoint_that_is_gone_does_not_hide_why_it_was_needed(
     assert seen() == []
 
 
+@in_each_mode
+async def test_a_savepoint_that_cant_be_released_ends_the_transaction(
+    mode: Mode, seen: Seen
+) -> None:
+    """What was done in it may be lost, so nothing around it is committed either."""
+
+    def lose() -> None:
+        mode.db.top_transaction().rollback()
+        User.create(name="ann")
+
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            with pytest.raises(peewee.DatabaseError) as gone:
+                async with mode.block(mode.db.atomic()):
+                    await mode.do(lose)
+    assert failure.value.__cause__ is gone.value
+    assert seen() == []
+
+
 async def deadlock(db: Database, nested: bool, caught: Callable[[Any], Any]) -> None:
     """Have this task's transaction be the victim. `caught(error)` is awaited inside the block."""
     await User.acreate(name="ann")

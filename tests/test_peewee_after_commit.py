@@ -214,3 +214,22 @@ async def test_after_commit_awaits_coroutine_functions(db: Database, seen: Seen)
             db.after_commit(callback)
             raise Oops
     assert len(calls) == 2
+
+
+async def test_a_failing_coroutine_function_harms_nobody(
+    db: Database, seen: Seen, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error is logged; the transaction is committed, and the others are awaited."""
+
+    async def fail() -> None:
+        raise Oops
+
+    async def call() -> None:
+        calls.append("called")
+
+    async with db.atomic():
+        await User.acreate(name="ann")
+        db.after_commit(fail)
+        db.after_commit(call)
+    assert (seen(), calls) == (["ann"], ["called"])
+    assert "An after_commit callback failed" in caplog.text
