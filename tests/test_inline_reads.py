@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from fastapi_peewee import Database, InTransaction, connect
+from fastapi_peewee import inline as inline_module
 from fastapi_peewee.inline import InlineReader
 from tests.apps import client, connected, make_app
 
@@ -249,3 +250,34 @@ def test_the_setting() -> None:
         assert (db._inline is not None) is on
     with pytest.raises(ValueError, match="inline_reads must be seconds"):
         connect("sqlite:///:memory:", inline_reads=-1)
+
+
+def test_of_statements_without_end_the_last_ones_are_avoided(
+    database_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered of slow statements takes no memory without end."""
+    monkeypatch.setattr(inline_module, "_REMEMBERED", 2)
+    inline = reader(database_file, limit=3.0, clock=Clock())
+    for number in range(3):
+        assert inline.read(f"{SLOW} -- {number}", []) is None
+    assert list(inline._avoided) == [f"{SLOW} -- 2"]
+    inline.close()
+
+
+def test_two_may_close_it_at_once(database_file: str) -> None:
+    """The second one has nothing to close; so has who comes later."""
+    inline = reader(database_file)
+
+    class Late:
+        def __enter__(self) -> None:
+            if inline._conn is not None:
+                inline._conn.close()
+                inline._conn = None
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    inline._lock = Late()  # type: ignore[assignment]
+    inline.close()
+    inline.close()
+    assert not inline.ready

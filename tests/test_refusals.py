@@ -10,7 +10,7 @@ from fastapi import Body
 from pydantic import BaseModel
 
 from fastapi_peewee import Database, InTransaction, connect
-from fastapi_peewee.refusals import refused_fields
+from fastapi_peewee.refusals import kind_of, refused_fields
 from tests.apps import client, connected, make_app
 from tests.apps import db as db
 
@@ -499,3 +499,64 @@ async def test_a_number_that_is_none(db: Database, value: str) -> None:
         assert (response.status_code, detail["loc"]) == (422, ["body", "number"])
     else:
         assert response.status_code == 200
+
+
+async def test_what_a_strict_table_refuses(sqlite_url: str) -> None:
+    """Of SQLite's STRICT tables the field is named that was given a value of another type."""
+    async with connected(sqlite_url) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+            number = peewee.IntegerField()
+
+        sql = "CREATE TABLE note (id INTEGER PRIMARY KEY, text TEXT, number INTEGER) STRICT"
+        await db.aexecute_sql(sql)
+        with pytest.raises(peewee.IntegrityError) as failure:
+            await db.aexecute_sql("INSERT INTO note (text, number) VALUES (?, ?)", ("a", "b"))
+        assert kind_of(failure.value) == "data"
+        assert refused_fields(failure.value, "data") == [Note.number]
+
+
+async def test_a_table_alone_names_no_field(postgres_url: str) -> None:
+    """A trigger may refuse a row, and say no more than whose it was."""
+    async with connected(postgres_url) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        with pytest.raises(peewee.IntegrityError) as failure:
+            await db.aexecute_sql(
+                "DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '23514', TABLE = 'note'; END $$"
+            )
+        assert Note._meta.table_name == "note"
+        assert refused_fields(failure.value, "check") == []
+
+
+async def test_an_index_in_sql_hides_no_other(sqlite_url: str) -> None:
+    """What a model has as a text names no fields; the others do."""
+    async with connected(sqlite_url) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField(null=True)
+
+        Note.add_index(peewee.SQL("CREATE UNIQUE INDEX by_sql ON note (text || 'x')"))
+        Note.add_index(Note.index(peewee.fn.LOWER(Note.text), unique=True, name="lowered"))
+        await db.acreate_tables([Note])
+        await Note.acreate(text="a")
+        with pytest.raises(peewee.IntegrityError, match="lowered") as failure:
+            await Note.acreate(text="A")
+        assert refused_fields(failure.value, "unique") == [Note.text]
+
+
+async def test_a_text_that_is_no_number(postgres_url: str) -> None:
+    """The field is named that was to hold a decimal."""
+    async with connected(postgres_url) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+            price = peewee.DecimalField()
+
+        await db.acreate_tables([Note])
+        with pytest.raises(peewee.DataError) as failure:
+            await db.aexecute_sql("INSERT INTO note (text, price) VALUES (%s, %s)", ("a", "dear"))
+        assert refused_fields(failure.value, "data") == [Note.price]

@@ -50,19 +50,16 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
     def _connect(self, limit: float = math.inf) -> Any:
         import pymysql
 
-        params, seconds = dict(self.connect_params), min(limit, self.connect_timeout)
-        if not math.isinf(seconds):
-            # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
-            params = {"read_timeout": seconds, **params, "connect_timeout": seconds}
+        seconds = min(limit, self.connect_timeout)
+        # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
+        params = {"read_timeout": seconds, **self.connect_params, "connect_timeout": seconds}
         conn: Any = pymysql.connect(database=self.database, autocommit=True, **params)
         conn._read_timeout = self.connect_params.get("read_timeout")
         return conn
 
     @contextmanager
     def _reading_for(self, conn: Any, limit: float) -> Iterator[None]:
-        usual = conn._read_timeout
-        if not math.isinf(limit):
-            conn._read_timeout = limit
+        usual, conn._read_timeout = conn._read_timeout, limit
         try:
             yield
         finally:
@@ -158,9 +155,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         if not self.transient(error):
             return False
         try:
-            conn.query(
-                "DO 0"
-            )  # an error's packet doesn't say whether the transaction is still open
+            conn.query("DO 0")  # an error's packet doesn't say whether it is still open
         except Exception:
             return True
         return not conn.server_status & SERVER_STATUS_IN_TRANS

@@ -1,0 +1,87 @@
+"""MySQL and MariaDB: what is said to a server, and what is made of what it says."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import peewee
+import pymysql
+import pytest
+
+from fastapi_peewee import connect
+from fastapi_peewee.mysql import MySQLDatabase
+from tests.apps import connected
+
+
+@pytest.fixture
+async def db(mysql_url: str) -> AsyncIterator[MySQLDatabase]:
+    async with connected(mysql_url) as db:
+        assert isinstance(db, MySQLDatabase)
+        yield db
+
+
+@pytest.mark.parametrize(
+    ("mariadb", "setting"),
+    [(True, "max_statement_time = 1.500000"), (False, "max_execution_time = 1500")],
+)
+def test_each_server_is_told_the_limit_in_its_words(mariadb: bool, setting: str) -> None:
+    """`statement_timeout` is seconds to MariaDB and milliseconds to MySQL; None is not said."""
+    said: list[str] = []
+
+    class Connection:
+        _read_timeout: float | None = None
+
+        def query(self, sql: str) -> None:
+            said.append(sql)
+
+    db = connect("mysql:///name", mariadb=mariadb)
+    db.prepare_session(Connection(), None)
+    db.prepare_session(Connection(), 1.5)
+    assert said == [f"SET SESSION {setting}"]
+
+
+@pytest.mark.parametrize("seconds", [0, None])
+def test_connecting_without_a_limit_is_refused(seconds: Any) -> None:
+    """PyMySQL wants a limit, and says so."""
+    db = connect("mysql:///name", connect_timeout=seconds)
+    with pytest.raises(ValueError, match="connect_timeout should be"):
+        db.connect()
+
+
+async def test_a_warning_that_says_nothing_of_the_json_is_none_of_ours(db: MySQLDatabase) -> None:
+    """Only what was cut is no answer; other warnings are for who reads them."""
+
+    def check() -> Any:
+        cursor = db.execute_sql("SELECT CAST('7x' AS SIGNED)")
+        assert cursor.warning_count
+        db.check_end(cursor, True)
+        return cursor.fetchone()
+
+    assert await db.run(check) == (7,)
+
+
+async def test_a_connection_whose_rows_are_on_their_way_is_open(db: MySQLDatabase) -> None:
+    """Something to read is a farewell only if nothing was asked for."""
+
+    def read() -> list[Any]:
+        cursor = db.cursor(named_cursor=True)
+        cursor.execute("SELECT 7 UNION SELECT 8")
+        assert db.is_open(db.connection())
+        return list(cursor)
+
+    assert await db.run(read) == [(7,), (8,)]
+
+
+async def test_a_transaction_ends_with_its_connection(db: MySQLDatabase) -> None:
+    """Who can't be asked whether it is still open has it no more."""
+
+    def deadlocked() -> list[bool]:
+        conn = db.open_connection()
+        conn.begin()
+        error = pymysql.err.OperationalError(1205, "Lock wait timeout exceeded")
+        found = [db.ended(conn, error)]
+        conn.rollback()
+        found.append(db.ended(conn, error))
+        conn.close()
+        return [*found, db.ended(conn, error), db.ended(conn, peewee.DataError())]
+
+    assert await db.run(deadlocked) == [False, True, True, False]
