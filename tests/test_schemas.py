@@ -443,6 +443,38 @@ def optionality(made: type[BaseModel]) -> dict[str, Any]:
     }
 
 
+def test_a_constraint_that_makes_no_value_leaves_a_field_required() -> None:
+    """A check says what a value may be, not what it is."""
+
+    class Checked(peewee.Model):
+        number = peewee.IntegerField(constraints=[peewee.Check("number > 0")])
+        other = peewee.IntegerField(
+            constraints=[peewee.Check("other > 0"), peewee.SQL("DEFAULT 7")]
+        )
+
+    fields = create_schema(Checked).model_fields
+    assert (fields["number"].is_required(), fields["other"].is_required()) == (True, False)
+
+
+@pytest.mark.parametrize("error", [OSError, OverflowError])
+def test_a_time_that_the_system_does_not_know_is_refused(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Systems differ in how far their calendars go; what is beyond is out of range."""
+
+    class Stamped(peewee.Model):
+        at = peewee.TimestampField()
+
+    def fail(field: Any, value: Any) -> Any:
+        raise error
+
+    schema = create_schema(Stamped)
+    schema(at="2026-01-02T03:04:05")
+    monkeypatch.setattr(peewee.TimestampField, "db_value", fail)
+    with pytest.raises(ValidationError, match="out of range"):
+        schema(at="2026-01-02T03:04:05")
+
+
 def test_what_may_be_left_out_of_a_post() -> None:
     """What the database or the model has a value for; what they always make isn't there."""
     assert optionality(create_schema(User)) == {

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peewee import JOIN, SQL, Case, Cast, EnclosedNodeList, Value, ValuesList, Window, fn
 
 from fastapi_peewee import templates
-from fastapi_peewee.shapes import Shape, param, shape_of
+from fastapi_peewee.shapes import Shape, Tag, param, shape_of, shape_of_write
 from fastapi_peewee.templates import Template, compile_template, with_values
 
 SQLITE = peewee.SqliteDatabase(None)
@@ -748,6 +748,77 @@ def test_a_query_that_has_changed_since_is_refused() -> None:
     shape = taken(query)
     query._where = User.age == 1
     assert compile_template(query, shape, SQLITE) is None
+
+
+def test_a_clone_of_another_kind_is_refused() -> None:
+    """A union has other parts than the query that it is made of."""
+    query = User.select().where(User.id == 1)
+    assert compile_template(query | query, taken(query), SQLITE) is None
+
+
+def test_a_clone_may_lack_a_clause() -> None:
+    """What is left out has no values."""
+    query = User.select().where(User.id == 1).order_by(User.age + 2)
+    clone = query.clone()
+    clone._order_by = None
+    template = compile_template(clone, taken(query), SQLITE)
+    assert template is not None
+    assert (template.sql, template.bind(taken(query).values)) == clone.sql()
+
+
+def test_a_shape_that_has_other_values_is_refused() -> None:
+    """It isn't the query's, whatever its key says."""
+    query = User.select().where(User.id == 1)
+    shape = taken(query)
+    assert compile_template(query, shape._replace(values=[1, 2]), SQLITE) is None
+
+
+def test_a_tag_that_comes_from_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a value of the clone's overlooked, the SQL would still show it."""
+    monkeypatch.setattr(templates, "_refuse_values", lambda node: None)
+    query = User.select().where(User.id == 1)
+    clone = query.limit(Tag())
+    assert compile_template(clone, taken(query), SQLITE) is None
+
+
+def test_an_instance_that_the_foreign_key_can_not_convert_is_its_key() -> None:
+    """An item where something else belongs: Peewee takes the item's own key."""
+
+    class Whole(peewee.IntegerField):
+        def db_value(self, value: Any) -> Any:
+            return int(value)
+
+    class Thing(Base):
+        id = Whole(primary_key=True)
+
+    class Part(Base):
+        thing = peewee.ForeignKeyField(Thing)
+
+    def make(number: int) -> Any:
+        return Part.select().where(Part.thing == Item(id=number))
+
+    template = compiled(make(1))
+    assert (template.sql, template.bind(taken(make(7)).values)) == make(7).sql()
+
+
+def test_what_does_not_write_has_no_shape_of_a_write() -> None:
+    """Nor has a write one of a SELECT."""
+    assert shape_of_write(User.select()) is None
+    assert shape_of_write(User.raw("SELECT 1")) is None
+    assert shape_of(User.delete()) is None
+
+
+def test_an_aliased_field_of_ones_own_is_not_known() -> None:
+    """Whoever writes SQL in a subclass says in it what we can't see."""
+    name = User.alias("u").name
+
+    class Own(type(name)):  # type: ignore[misc]
+        def __sql__(self, ctx: Any) -> Any:
+            return ctx.literal("1")
+
+    own = Own.__new__(Own)
+    own.__dict__.update(name.__dict__)
+    assert shape_of(User.select(own)) is None
 
 
 # --- Random queries ------------------------------------------------------------------------------

@@ -96,8 +96,6 @@ class Narrowed:
 
 def check(query: Any, tree: Tree) -> None:
     """Raise `Unplannable` for queries whose instances hold more than their columns say."""
-    if not isinstance(query, peewee.BaseModelSelect):
-        raise Unplannable(f"a {type(query).__name__} isn't built of parts that could be changed")
     if query._row_type not in (None, peewee.ROW.MODEL):
         raise Unplannable("it doesn't return instances of its model")
     if getattr(query, "_lateral", None) or getattr(query, "_windows", None):

@@ -12,7 +12,7 @@ from typing import Any
 
 import peewee
 
-from .columns import Narrowed, Unplannable, check, expressions
+from .columns import Narrowed, expressions
 from .state import translate_driver_errors
 from .trees import Leaf, Relation, Tree
 
@@ -317,15 +317,8 @@ class JsonSql:
         return text.replace("%", "%%")
 
     def _children(self, relation: Relation, link: Any) -> Any:
-        query = relation.children()
-        check(query, relation.tree)
+        query = relation.children()  # it has been seen that it can be narrowed
         return relation.only(query, relation.target(query) == link)
-
-    def _narrowed(self, relation: Relation, query: Any) -> Narrowed:
-        try:
-            return Narrowed(query, relation.tree)
-        except Unplannable as error:
-            raise NoJson(f"{relation.name}: {error}") from error
 
     def _name(self) -> str:
         self._sources += 1
@@ -355,7 +348,7 @@ class _Wrapping(JsonSql):
             raise NoJson(f"the database refuses a statement so deep: {error}") from error
 
     def child(self, relation: Relation, link: Part) -> Part:
-        narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
+        narrowed = Narrowed(self._children(relation, peewee.SQL(link)), relation.tree)
         name = self._name()
         value = self._object(relation.tree, narrowed, name)
         text, params = self._text(narrowed.query)
@@ -405,7 +398,7 @@ class PostgresqlJson(_Wrapping):
         return before, f") {_SOURCE}) {_SOURCE}r"
 
     def child(self, relation: Relation, link: Part) -> Part:
-        narrowed = self._narrowed(relation, self._children(relation, peewee.SQL(link)))
+        narrowed = Narrowed(self._children(relation, peewee.SQL(link)), relation.tree)
         name = self._name()
         values = self._values(relation.tree, narrowed, name)
         text, params = self._text(narrowed.query)
@@ -472,7 +465,7 @@ class MariadbJson(MysqlJson):
             or query._offset is not None
         ):
             raise NoJson(f"{relation.name}: MariaDB can neither group, skip nor unite its rows")
-        narrowed = self._narrowed(relation, query)
+        narrowed = Narrowed(query, relation.tree)
         parts: list[Part] = ["JSON_OBJECT("]
         pairs = self._pairs(relation.tree, narrowed, lambda i: narrowed.nodes[i].unwrap())
         for number, (key, value) in enumerate(pairs):

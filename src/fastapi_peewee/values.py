@@ -188,7 +188,8 @@ def _types(field: Any) -> tuple[Any, Any]:
         )
     if getattr(field, "enum_class", None) is not None:
         return field.enum_class, field.enum_class
-    for cls in type(field).__mro__:
+    classes = type(field).__mro__
+    for cls in classes[: classes.index(peewee.Field)]:
         if cls in _CLASSES:
             python, stored = _CLASSES[cls]
             if type(field).field_type != cls.field_type:
@@ -200,8 +201,6 @@ def _types(field: Any) -> tuple[Any, Any]:
             if field.field_type in _COLUMNS:
                 python, stored = _COLUMNS[field.field_type]
                 return python, _limited(field, stored)
-        if cls is peewee.Field:
-            break
         if "python_value" in vars(cls):
             python = typing.get_type_hints(vars(cls)["python_value"]).get("return", Any)
             return python, _ANY_COLUMN.get(python, python)
