@@ -66,7 +66,7 @@ mutants: $(VENV)/.installed ## plant bugs in a copy of the library, and say whic
 	@$(IN_VENV) -m tests.mutants $(ARGS)
 
 coverage: ## run the whole test suite and say which lines and branches it never reaches
-	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term-missing $(ARGS)"
+	@$(MAKE) --no-print-directory test ARGS="--timeout 600 --cov --cov-report=term-missing $(ARGS)"
 
 test-pythons: $(VENV)/.installed ## run the suite on SQLite, less its slow tests, on Python 3.12 and 3.13 where they are installed
 	@for version in $(PYTHONS); do \

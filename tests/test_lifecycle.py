@@ -144,6 +144,31 @@ def test_a_database_of_peewees_own_has_a_lifespan_too(sqlite_url: str) -> None:
     assert db.is_closed()
 
 
+async def test_with_db_that_can_not_begin_gives_back_what_it_took(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread of a request that holds no connection, `with db:` takes one for itself."""
+    async with connected(database_url) as db:
+        app = make_app(db, APIRoute)
+
+        @app.get("/")
+        def read() -> int:
+            with db:
+                return db.pool_stats.in_use
+
+        async with client(app) as http:
+            assert (await http.get("/")).json() == 1
+
+            def refuse(*args: Any, **options: Any) -> None:
+                raise peewee.OperationalError("no")
+
+            monkeypatch.setattr(db, "begin", refuse)
+            assert (await http.get("/")).status_code == 500
+            assert db.pool_stats.in_use == 0
+            monkeypatch.undo()
+            assert (await http.get("/")).json() == 1
+
+
 async def test_reset_db_state_does_nothing_to_a_database_with_a_pool(sqlite_url: str) -> None:
     """It may stay in an application that has come over from FastAPI's how-to."""
     async with connected(sqlite_url) as db:

@@ -243,6 +243,16 @@ async def test_aconnect_and_aclose(db: Database, seen: Seen) -> None:
     assert seen() == ["ann"]
 
 
+async def test_aconnect_and_aclose_may_be_called_twice(db: Database) -> None:
+    """The second time there is nothing to do."""
+    for _ in range(2):
+        await db.aconnect()
+        assert db.pool_stats.in_use == 1
+    for _ in range(2):
+        await db.aclose()
+        assert db.pool_stats.in_use == 0
+
+
 async def test_aclose_is_refused_inside_a_transaction(db: Database, seen: Seen) -> None:
     """`aclose` raises `OperationalError` inside a transaction, which goes on unharmed."""
     await db.aconnect()

@@ -129,6 +129,30 @@ async def test_aexecute_needs_an_async_database(observer: Any) -> None:
         await User.select().aexecute()
 
 
+async def test_helpers_of_another_database_need_an_async_one(db: Database, observer: Any) -> None:
+    """They say what the query is bound to, and what to make its database with."""
+    with observer.bind_ctx([User]):
+        query = User.select()
+    with pytest.raises(peewee.InterfaceError, match="which has no async methods"):
+        await db.list(query)
+
+
+async def test_helpers_take_a_query_of_no_database(ann: Any, db: Database) -> None:
+    """It is run on the one whose helper it is."""
+    table = peewee.Table("user")
+    assert await db.list(table.select(table.c.name).tuples()) == [("ann",)]
+
+
+async def test_helpers_take_a_query_of_a_proxy(db: Database) -> None:
+    """The database that the proxy stands for is the query's."""
+    proxy = peewee.DatabaseProxy()
+    proxy.initialize(db)
+    with db.bind_ctx([User]):
+        await User.acreate(name="bob")
+        User._meta.database = proxy
+        assert [user.name for user in await db.list(User.select())] == ["bob"]
+
+
 # The helpers of the database
 
 

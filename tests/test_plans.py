@@ -17,7 +17,7 @@ from typing_extensions import TypeAliasType
 from fastapi_peewee import Database, explain, respond
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import Compiled, InstancePlan
-from fastapi_peewee.reads import NotBuilt
+from fastapi_peewee.reads import NotBuilt, encoded
 from fastapi_peewee.response_types import Response
 from tests.apps import client, connected, make_app
 from tests.fidelity import connection
@@ -313,6 +313,13 @@ async def test_json_that_turns_out_not_to_be_built_is_read_in_a_thread(
 
         monkeypatch.setattr(db, "aread_texts", refuse)
         assert await plans.aload(query) is None
+
+
+def test_a_null_in_place_of_json_is_no_answer() -> None:
+    """MariaDB says so of what is too long for it."""
+    assert encoded([('{"a": 1}',)]) == [b'{"a": 1}']
+    with pytest.raises(NotBuilt):
+        encoded([('{"a": 1}',), (None,)])
 
 
 @pytest.mark.parametrize("responds", [False, True])
