@@ -559,7 +559,7 @@ class Database(AsyncNames, Reads):
         conn.close()
 
     def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
-        pass
+        raise NotImplementedError
 
     def is_alive(self, conn: Any, limit: float) -> bool:
         raise NotImplementedError
