@@ -30,14 +30,14 @@ async def create_tables() -> None:
     `IF NOT EXISTS` is no help with a table that another process is just creating: that is an error,
     and there is nothing left to do when one tries again.
     """
-    for attempts_left in reversed(range(10)):
+    attempts_left = 10
+    while True:
         try:
-            await db.acreate_tables([models.User, models.Item])
+            return await db.acreate_tables([models.User, models.Item])
         except peewee.DatabaseError:
+            attempts_left -= 1
             if not attempts_left:
                 raise
-        else:
-            return
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ One server serves all tests on one database; each test finds the tables empty.
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -956,3 +957,47 @@ async def test_slowusers_sleeps_shorter_from_call_to_call_and_holds_its_connecti
         awake = [await live.ask(server, "/slowusers/") for _ in range(5)]
         assert min(answer.seconds for answer in awake) < step
         assert not await held()
+
+
+def test_a_script_uses_the_same_functions(tmp_path: Path) -> None:
+    """What endpoints call, a script calls: it registers users, finds them, and makes tables, which
+    is tried again while others make them, but not for ever."""
+    program = """
+import asyncio
+import peewee
+from sql_app import crud, main, schemas
+from sql_app.database import db
+
+asyncio.run(main.create_tables())
+with db.connection_context():
+    user = crud.create_user(schemas.UserCreate(email="ann@example.com", password="long enough"))
+    assert user.hashed_password.startswith("$argon2")
+    assert crud.get_user(user.id) == crud.get_user_by_email("ann@example.com") == user
+    assert crud.get_user(7) is crud.get_user_by_email("bob@example.com") is None
+
+attempts, make = [], db.acreate_tables
+
+async def refuse(models):
+    attempts.append(models)
+    if len(attempts) == 3:
+        return await make(models)
+    raise peewee.OperationalError("table user already exists")
+
+db.acreate_tables = refuse
+asyncio.run(main.create_tables())
+print(len(attempts))
+try:
+    asyncio.run(main.create_tables())
+except peewee.OperationalError:
+    print(len(attempts))
+asyncio.run(db.close_pool())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "DATABASE_URL": f"sqlite:///{tmp_path}/app.db"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.stdout, ran.returncode) == ("3\n13\n", 0), ran.stderr
