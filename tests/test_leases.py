@@ -262,6 +262,22 @@ async def test_who_waits_for_a_turn_as_the_block_ends_gets_an_error(end: str) ->
     assert lease.turn.acquire_nowait()
 
 
+def test_who_has_the_turn_does_not_wait_for_it(sqlite_url: str) -> None:
+    """Also before it has a connection: nobody else could give it the turn."""
+    db = connect(sqlite_url, timeout=0.05)
+    lease = db.pool.acquire_blocking()
+    token = db._state.bind(lease)
+    lease.owner = threading.get_ident()
+    db._ensure_connected(lease)
+    assert db.pool_stats.opened == 0
+    lease.give_turn()
+    db._ensure_connected(lease)
+    assert db.pool_stats.opened == 1
+    db._state._state.reset(token)
+    db.pool.give_back(lease)
+    asyncio.run(db.close_pool())
+
+
 def test_the_decorator_refuses_generators(sqlite_url: str) -> None:
     """`@db.atomic()` on a generator function is an error: its body would run outside."""
     db = connect(sqlite_url)
