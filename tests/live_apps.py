@@ -129,7 +129,8 @@ def sql_app_starting_together() -> ASGIApp:
 
 def cancelling() -> ASGIApp:
     """The application whose requests are cancelled, on a table `row` that is made at start."""
-    db = connect(os.environ["DATABASE_URL"], pool_size=4)
+    # Clients go away without waiting, so any number of requests may be waiting for a connection.
+    db = connect(os.environ["DATABASE_URL"], pool_size=4, timeout=60, max_waiting=10**6)
 
     class Row(db.Model):
         name = peewee.CharField()

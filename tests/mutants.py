@@ -368,7 +368,7 @@ MUTANTS = [
     Mutant(
         "the watch of a connection that is closed stays",
         (Edit("libpq", "connection_class", "self.watch.end()", "None"),),
-        f"{LIBPQ} -k descriptors",
+        f"{LIBPQ} -k closing",
     ),
     Mutant(
         "a read on SQLite's event loop is never stopped",

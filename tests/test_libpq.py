@@ -349,3 +349,14 @@ async def test_descriptors(db: Database, note: Any) -> None:
     with anyio.fail_after(5):
         while len(os.listdir("/proc/self/fd")) >= before:
             await asyncio.sleep(0.01)
+
+
+async def test_closing_ends_the_watch(db: Database, note: Any) -> None:
+    """The descriptor of a connection that is closed is given up at once, though a server that
+    is frozen says nothing that would wake the event loop."""
+    conn = await db.run(db.connection)
+    await asyncio.sleep(1e-3)
+    watch = Watch.of(conn)
+    assert watch.end.alive
+    conn.close()
+    assert not watch.end.alive
