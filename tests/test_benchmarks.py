@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from benchmarks import rows
+from benchmarks import rows, steps
 from benchmarks.checking import Answer, Answers, differences
 from benchmarks.counting import Counts
 from benchmarks.limits.__main__ import Result as Waited
@@ -18,6 +19,7 @@ from benchmarks.loading import Sample
 from benchmarks.reporting import markdown
 from benchmarks.results import Report, Result
 from benchmarks.stacks import CONTROL, OURS, WORKLOADS, Request
+from tests.live import plain_database
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,6 +121,21 @@ def test_the_cost_of_a_row(
     assert shown.count("items") >= 3
     for word in ("json", "rows", "instances", "streamed"):
         assert word in shown
+
+
+def test_the_steps_of_a_request(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m benchmarks.steps` says what each step of a request costs, and leaves no table."""
+    monkeypatch.setattr(steps, "_RUNS", 1)
+    monkeypatch.setattr(steps, "_CALLS", 20)
+    monkeypatch.setattr(sys, "argv", ["steps", postgres_url])
+    steps.main()
+    output = capsys.readouterr().out
+    for words in ("a prepared query", "the statement", "a lease", "created in a thread"):
+        assert words in output
+    with closing(plain_database(postgres_url)) as db:
+        assert db.get_tables() == []
 
 
 def test_how_late_errors_were() -> None:
