@@ -23,7 +23,7 @@ CLIENTS = 8
 POOL_SIZE = 4
 #: Seconds that a statement may take: less than some faults last.
 STATEMENT_TIMEOUT = 0.3
-#: Seconds after which a round that has not ended is stuck.
+#: Seconds after which a round is stuck in which no operation has ended.
 STUCK = 120.0
 
 SERVERS: dict[str, type[Server]] = {"postgresql": PostgresServer, "mysql": MariaDBServer}
@@ -119,7 +119,12 @@ async def run_rounds(
         level = allowed[number % len(allowed)]
         start, before = time.monotonic(), (descriptors(), threads())
         try:
-            async with asyncio.timeout(STUCK):
+            async with asyncio.timeout(STUCK) as limit:
+
+                def goes_on(limit: asyncio.Timeout = limit) -> None:
+                    limit.reschedule(asyncio.get_running_loop().time() + STUCK)
+                    on_progress()
+
                 found = await _round(
                     report,
                     target,
@@ -127,7 +132,7 @@ async def run_rounds(
                     f"{seed}/{number}",
                     operations,
                     level,
-                    on_progress,
+                    goes_on,
                     pauses,
                 )
         except TimeoutError:
