@@ -108,7 +108,9 @@ class Server(ABC):
 
     def kill(self) -> None:
         """End all of its processes at once, in the middle of whatever they do."""
-        processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        first = psutil.Process(self.pid)
+        first.suspend()  # else it may fork once more, meanwhile
+        processes = [first, *first.children(recursive=True)]
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
