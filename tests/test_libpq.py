@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import anyio
@@ -17,9 +18,10 @@ import pytest
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 
-from fastapi_peewee import Database, InTransaction, get_db, param, prepared, respond
+from fastapi_peewee import Database, InTransaction, connect, get_db, param, prepared, respond
 from fastapi_peewee.libpq import Statements, column
 from fastapi_peewee.sockets import Watch
+from soak.proxy import Proxy
 from tests.apps import back_to_rest, client, connected, make_app
 
 VALUES: list[Any] = [0, -1, 2**15, -(2**31), 2**63 - 1, True, False, None, 0.1, -2.5e300]
@@ -360,3 +362,117 @@ async def test_closing_ends_the_watch(db: Database, note: Any) -> None:
     assert watch.end.alive
     conn.close()
     assert not watch.end.alive
+
+
+async def test_an_event_loop_that_can_not_watch_sockets(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch, threads: list[str]
+) -> None:
+    """On such an event loop, as Windows has one, it is read in a thread, and no connection is
+    lost."""
+
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    app = make(db, note)
+    async with client(app) as http:
+        for _ in range(4):
+            assert (await http.get("/loop/1")).json() == {"id": 1, "text": "a"}
+    assert threading.current_thread().name not in threads
+    assert db.pool_stats.discarded == 0
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("mode", ["thread", "loop"])
+async def test_what_a_server_no_longer_knows(db: Database, mode: str) -> None:
+    """A statement whose table is gone fails, and succeeds when it is back, also with a column of
+    another type: in an open transaction at the next try."""
+
+    def work() -> None:
+        conn = db.connection()
+        statements = Statements(conn)
+
+        def read() -> Any:
+            sql = "SELECT a FROM t WHERE a::text = %s"
+            found = statements.run(sql, ["1"]) if mode == "thread" else loop_run(statements, sql)
+            return statements.rows(found)
+
+        conn.execute("CREATE TABLE t AS SELECT 1 AS a")
+        assert read() == [(1,)]
+        conn.execute("DROP TABLE t")
+        for _ in range(2):  # the first one of these would prepare it
+            with pytest.raises(psycopg.errors.UndefinedTable):
+                read()
+        conn.execute("CREATE TABLE t AS SELECT 1 AS a")
+        for _ in range(3):
+            assert read() == [(1,)]
+        conn.execute("ALTER TABLE t ALTER a TYPE text")
+        assert read() == [("1",)]
+        conn.execute("BEGIN")
+        for _ in range(2):
+            assert read() == [("1",)]
+        conn.execute("ALTER TABLE t ALTER a TYPE integer USING a::integer")
+        with pytest.raises(psycopg.errors.FeatureNotSupported):
+            read()
+        conn.execute("ROLLBACK")
+        assert read() == [("1",)]
+
+    def loop_run(statements: Statements, sql: str) -> Any:
+        return asyncio.run(statements.arun(sql, ["1"]))
+
+    await db.run(work)
+
+
+async def test_as_many_statements_as_a_connection_knows(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond that number, statements are run without being prepared."""
+    monkeypatch.setattr("fastapi_peewee.libpq._MOST", 2)
+
+    def work() -> int:
+        conn = db.connection()
+        statements = Statements(conn)
+        for _ in range(3):
+            for number in range(4):
+                assert column(statements.run(f"SELECT '{number}'", [])) == [b"%d" % number]
+        (count,) = conn.execute("SELECT count(*) FROM pg_prepared_statements").fetchone()
+        return int(count)
+
+    assert await db.run(work) == 2
+
+
+async def test_a_connection_that_was_reset(postgres_url: str) -> None:
+    """A reset connection isn't open, though nobody has asked it for anything since."""
+    with Proxy(postgres_url) as proxy:
+        async with connected(proxy.url) as db:
+            conn = await db.run(db.connection)
+            assert db.is_open(conn)
+            proxy.resets = True
+            proxy.cut()
+            with anyio.fail_after(5):
+                while db.is_open(conn):
+                    await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("version", "settings"), [(130000, 1), (140000, 2)])
+def test_the_settings_of_a_session(
+    monkeypatch: pytest.MonkeyPatch, version: int, settings: int
+) -> None:
+    """A server before PostgreSQL 14, which doesn't look after its clients, isn't asked to; one
+    that doesn't answer is given up."""
+    db: Any = connect("postgresql://nobody@nowhere.example/nothing")
+    conn = SimpleNamespace(info=SimpleNamespace(server_version=version), pgconn=None)
+    asked: list[bytes] = []
+
+    def note_it(_: Any, sql: bytes, __: float) -> bytes:
+        asked.append(sql)
+        return sql
+
+    monkeypatch.setattr("fastapi_peewee.postgresql.ask", note_it)
+    db.prepare_session(conn, 1.5)
+    assert asked[0] == b"SET statement_timeout = 1500"
+    assert len(asked) == settings
+    monkeypatch.setattr("fastapi_peewee.postgresql.ask", lambda *_: None)
+    with pytest.raises(peewee.OperationalError, match="connect_timeout"):
+        db.prepare_session(conn, 1.5)
