@@ -27,3 +27,9 @@ def anyio_backend() -> str:
 def _endpoints_of_its_own() -> None:
     """FastAPI remembers by their `id()` where endpoints are defined: also when they are gone."""
     routing._endpoint_context_cache.clear()
+
+
+@pytest.fixture
+def _used_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, no connection is asked whether it is there before it is used."""
+    monkeypatch.setattr("fastapi_peewee.pool.CHECK_AFTER", 3600)

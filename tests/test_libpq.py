@@ -24,6 +24,8 @@ from fastapi_peewee.sockets import Watch
 from soak.proxy import Proxy
 from tests.apps import back_to_rest, client, connected, make_app
 
+pytestmark = pytest.mark.usefixtures("_used_just_now")
+
 VALUES: list[Any] = [0, -1, 2**15, -(2**31), 2**63 - 1, True, False, None, 0.1, -2.5e300]
 VALUES += ["", "é", 'a"b\\c%s%%', "1", 2**63, b"a", Decimal("1.50"), uuid.UUID(int=7), [1, 2]]
 VALUES += [datetime.date(2024, 1, 2), datetime.datetime(2024, 1, 2, 3, tzinfo=datetime.UTC)]
@@ -33,12 +35,6 @@ REFUSED: list[Any] = ["a\0b", "\ud800", 1 + 0j]
 class Out(BaseModel):
     id: int
     text: str
-
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection counts as used just now, however slow the machine."""
-    monkeypatch.setattr("fastapi_peewee.pool.CHECK_AFTER", 3600)
 
 
 @pytest.fixture

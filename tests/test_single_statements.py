@@ -20,10 +20,7 @@ from fastapi_peewee.verbs import AsyncModelMixin
 from tests.apps import back_to_rest, connected
 
 
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection counts as used just now, however slow the machine."""
-    monkeypatch.setattr("fastapi_peewee.pool.CHECK_AFTER", 3600)
+pytestmark = pytest.mark.usefixtures("_used_just_now")
 
 
 @pytest.fixture
