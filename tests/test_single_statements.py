@@ -19,7 +19,6 @@ from fastapi_peewee.state import RequestScope
 from fastapi_peewee.verbs import AsyncModelMixin
 from tests.apps import back_to_rest, connected
 
-
 pytestmark = pytest.mark.usefixtures("_used_just_now")
 
 
