@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastapi_peewee import watchdog as module
-from fastapi_peewee.watchdog import Waiting, Watchdog
+from fastapi_peewee.watchdog import Waiting, Watchdog, limit_for_database
 from tests.test_pool import Clock
 
 
@@ -34,20 +34,26 @@ def make(clock: Clock, cut: list[Any], **limits: Any) -> Watchdog:
 
 
 def test_a_statement_over_its_limit_is_cut_once() -> None:
-    """Not before the limit and the margin for the database's own are over, and not again."""
+    """Not before its time is over, and not again."""
     cut: list[Any] = []
     clock, held = Clock(), Held()
     watchdog = make(clock, cut)
     watchdog.watch(held)
     with Waiting(held, clock):
-        clock.now = 1.2
+        clock.now = 1.0
         assert watchdog.look()
         assert cut == []
-        clock.now = 1.21
+        clock.now = 1.01
         assert watchdog.look()
         assert watchdog.look()
     assert cut == [(held, "A statement took longer than 1 s (statement_timeout)")]
     assert held.cut
+
+
+@pytest.mark.parametrize(("limit", "told"), [(None, None), (5, 4.8), (1, 0.8), (0.25, 0.2)])
+def test_the_database_is_told_a_little_less(limit: float | None, told: float | None) -> None:
+    """So its answer, after which the connection can be kept, comes before the connection is cut."""
+    assert limit_for_database(limit) == told
 
 
 def test_each_statement_has_its_time() -> None:

@@ -66,9 +66,10 @@ def connect(
         timeout: seconds to wait for a connection, then `PoolTimeout`.
         max_waiting: how many may wait at a time; more get `TooManyWaiting` at once.
         max_lifetime: seconds after which a connection is replaced.
-        statement_timeout: seconds that a statement of a request or task may take, then it fails
-            with `peewee.OperationalError`; None for any time. The database ends it, if it can, and
-            otherwise its connection is cut.
+        statement_timeout: seconds that a statement of a request or task may take at most; then it
+            has failed with `peewee.OperationalError`. None for any time. The database ends it, if
+            it can, for which it is told a fifth less, at most 0.2 seconds; otherwise its connection
+            is cut.
         transaction_timeout: seconds that a transaction of a request or task may be open, then its
             connection is cut; None for any time.
         leak_detection_threshold: seconds after which a connection that is still held is logged as

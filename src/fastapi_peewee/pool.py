@@ -22,7 +22,7 @@ from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
 from .leaks import Watch
 from .state import Lease, translate_driver_errors
-from .watchdog import Waiting, Watchdog
+from .watchdog import Waiting, Watchdog, limit_for_database
 from .workers import Workers
 
 logger = logging.getLogger("fastapi_peewee")
@@ -160,7 +160,8 @@ class Pool:
         self.timeout = timeout
         self.max_waiting = max_waiting
         self.max_lifetime = max_lifetime
-        self.statement_timeout = statement_timeout
+        #: What the database is told of it, in seconds.
+        self.statement_timeout = limit_for_database(statement_timeout)
         self.leak_detection_threshold = leak_detection_threshold
         self._opener = opener
         self._clock = clock

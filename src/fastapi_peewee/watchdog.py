@@ -14,9 +14,15 @@ from typing import Any, Protocol
 logger = logging.getLogger("fastapi_peewee")
 
 #: Seconds between two looks.
-_EVERY = 0.1
-#: Seconds that the database has to end a statement by itself, whose limit it knows, too.
-_MARGIN = 0.2
+_EVERY = 0.05
+
+
+def limit_for_database(seconds: float | None) -> float | None:
+    """How many seconds the database is told that a statement may take, if it may take so many here.
+
+    Fewer, so that the database's own answer is there before the connection would be cut.
+    """
+    return None if seconds is None else seconds - min(0.2, seconds / 5)
 
 
 class Watched(Protocol):
@@ -114,7 +120,7 @@ class Watchdog:
 
     def _check(self, held: Watched, name: str, what: str, limit: float | None, now: float) -> None:
         since = getattr(held, name)
-        if since is None or limit is None or now - since <= limit + _MARGIN:
+        if since is None or limit is None or now - since <= limit:
             return
         with held.lock:
             # The same one still? Floats are compared by identity: each begins with one of its own.
