@@ -3,7 +3,9 @@
 import asyncio
 import datetime
 import os
+import socket
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -347,6 +349,18 @@ async def test_descriptors(db: Database, note: Any) -> None:
     with anyio.fail_after(5):
         while len(os.listdir("/proc/self/fd")) >= before:
             await asyncio.sleep(0.01)
+
+
+async def test_what_a_socket_does_not_take_at_once(db: Database, note: Any) -> None:
+    """A statement that is larger than the socket's buffer is sent as fast as the server reads."""
+    conn = await db.run(db.connection)
+    with socket.socket(fileno=os.dup(conn.pgconn.socket)) as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    begun = time.monotonic()
+    found = await Statements(conn).arun("SELECT length(%s)::text", ["x" * 20_000_000])
+    assert column(found) == [b"20000000"]
+    assert time.monotonic() - begun < 3  # in portions, one for each look at the socket, it's 15
+    conn.watch.end()
 
 
 async def test_closing_ends_the_watch(db: Database, note: Any) -> None:

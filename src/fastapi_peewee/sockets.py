@@ -30,7 +30,8 @@ class Watch:
         self._answered: asyncio.Future[None] | None = None
         self._results: list[Any] = []
         self._looks = _looks.setdefault(loop, _Looks())
-        fd = os.dup(pgconn.socket)
+        fd = self._fd = os.dup(pgconn.socket)
+        self._is_sending = False
         #: Stop watching. To be called once or more, in any thread.
         self.end = weakref.finalize(self, _unwatch_soon, loop, fd)
         self.end.atexit = False
@@ -58,12 +59,30 @@ class Watch:
         self._looks.add(self)
         try:
             getattr(self._pgconn, method)(*arguments)
-            self._pgconn.flush()
+            if self._pgconn.flush():  # the rest is sent when the socket takes it
+                self.loop.add_writer(self._fd, _send, weakref.ref(self))
+                self._is_sending = True
             await answered
             return self._results[-1]
         finally:
+            self._has_sent()
             self._answered, self._results = None, []
             self._looks.discard(self)
+
+    def send(self) -> None:
+        """Give the socket more of what is to be sent."""
+        try:
+            if self._answered is None or self._pgconn.flush():
+                return
+        except Exception as error:
+            _settle(self._answered, error)
+        self._has_sent()
+
+    def _has_sent(self) -> None:
+        # The number of a watch that has ended may be another's by now.
+        if self._is_sending and self.end.alive:
+            self.loop.remove_writer(self._fd)
+        self._is_sending = False
 
     def read(self) -> None:
         """Take what has come."""
@@ -89,6 +108,11 @@ def _read(watch: "weakref.ref[Watch]") -> None:
         found.read()
 
 
+def _send(watch: "weakref.ref[Watch]") -> None:
+    if (found := watch()) is not None:
+        found.send()
+
+
 def _unwatch_soon(loop: asyncio.AbstractEventLoop, fd: int) -> None:
     try:
         loop.call_soon_threadsafe(_unwatch, loop, fd)
@@ -98,6 +122,7 @@ def _unwatch_soon(loop: asyncio.AbstractEventLoop, fd: int) -> None:
 
 def _unwatch(loop: asyncio.AbstractEventLoop, fd: int) -> None:
     loop.remove_reader(fd)
+    loop.remove_writer(fd)
     os.close(fd)
 
 
@@ -132,8 +157,8 @@ _looks: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Looks]"
 _looks = weakref.WeakKeyDictionary()
 
 
-def _settle(future: "asyncio.Future[None]", error: Exception | None = None) -> None:
-    if not future.done():
+def _settle(future: "asyncio.Future[None] | None", error: Exception | None = None) -> None:
+    if future is not None and not future.done():
         if error is None:
             future.set_result(None)
         else:
