@@ -179,7 +179,38 @@ async def test_a_default_value_that_asks_the_database(db: Database, asked: list[
     await db.acreate_tables([Counted])
     made = [(await db.run(Counted.create)).number for _ in range(2)]
     made += [(await in_a_request(Counted.acreate)).number for _ in range(3)]
-    assert made == [0, 1, 2, 3, 4]
+    made += [(await Counted.acreate()).number for _ in range(3)]
+    assert made == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert db.is_closed()  # the event loop's thread has no connection
+
+
+async def test_what_asks_the_database_as_rows_are_read(
+    db: Database, note: Any, asked: list[str]
+) -> None:
+    """A converter or an `__init__` that runs a query of its own gets that query's result."""
+
+    class Link(peewee.IntegerField):
+        def db_value(self, value: Any) -> Any:
+            return db.execute_sql("SELECT %s::int", [value]).fetchone()[0]
+
+        def python_value(self, value: Any) -> Any:
+            return note.get_by_id(value).text
+
+    class Linked(db.Model):
+        link = Link()
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.count = note.select().count()
+
+    await db.acreate_tables([Linked])
+    first = await note.acreate(text="first")
+    for _ in range(4):
+        made = await Linked.acreate(link=first.id)
+        for found in (await Linked.aget_by_id(made.id), await in_a_request(Linked.aget)):
+            assert (found.link, found.count) == ("first", 1)
+    assert asked
+    assert db.is_closed()
 
 
 async def in_a_request(fn: Any) -> Any:

@@ -328,6 +328,8 @@ class Database(AsyncNames, Reads):
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         forbid_lazy_load()
+        if single.executing.get() is not None:
+            raise BlockingQuery
         lease = self._state.lease()
         if lease is None:
             return super().execute_sql(sql, params)
@@ -437,13 +439,17 @@ class Database(AsyncNames, Reads):
         if self.on_the_loop and self._state.lease() is None and not self.watched:
             try:
                 query = single.query_of(fn)
-                statement = None if query is None else self._sql_cache.statement(query)
+                compiled = partial(self._sql_cache.statement, query)
+                statement = None if query is None else single.without_queries(compiled)
             except BlockingQuery:  # a default value or a converter asks the database
                 statement = None
             if statement is not None:
                 cursor = await self.aexecute_compiled(*statement)
                 if cursor is not None:
-                    return single.with_result(fn, cursor)
+                    try:
+                        return single.with_result(fn, cursor, single.refuse)
+                    except BlockingQuery:  # what makes objects of the rows asks it
+                        return await self.run(single.with_result, fn, cursor.again())
         return await self.run(fn)
 
     @overload

@@ -143,6 +143,7 @@ class Cursor:
     def __init__(self, statements: Statements) -> None:
         self._statements = statements
         self._rows: Iterator[Any] = iter(())
+        self._all: list[Any] = []
         self.description: list[tuple[Any, ...]] | None = None
         self.rowcount = -1
 
@@ -153,18 +154,25 @@ class Cursor:
     def of(cls, statements: Statements, result: Any) -> "Cursor":
         """A cursor that has executed a statement with this result."""
         cursor = cls(statements)
-        cursor._load(result)
+        cursor._all = cursor._load(result)
         return cursor
 
-    def _load(self, result: Any) -> None:
+    def again(self) -> "Cursor":
+        """The same cursor, unread; for those of `of()`."""
+        self._rows = iter(self._all)
+        return self
+
+    def _load(self, result: Any) -> list[Any]:
         columns = range(result.nfields)
         self.description = [
             (result.fname(i).decode(), result.ftype(i), None, None, None, None, None)
             for i in columns
         ] or None
-        self._rows = iter(self._statements.rows(result) if columns else ())
+        rows = self._statements.rows(result) if columns else []
+        self._rows = iter(rows)
         changed = result.command_tuples
         self.rowcount = -1 if changed is None else changed
+        return rows
 
     def fetchone(self) -> Any:
         return next(self._rows, None)

@@ -91,7 +91,8 @@ class Reads(Outcomes):
 
     async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
         """Run one of Peewee's statements on the event loop, outside of any block. Returns a cursor
-        with all rows; None where that can't be, or not now: then nothing was sent.
+        with all rows, which `again()` makes unread; None where that can't be, or not now: then
+        nothing was sent.
         """
         return None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import peewee
 
 from .exceptions import BlockingQuery
+from .single import without_queries
 
 if TYPE_CHECKING:
     from .database import Database
@@ -80,7 +81,7 @@ class AsyncModelMixin:
         if not (_database(cls).on_the_loop and _creates(model)):
             return await _run(cls, "create", **query)
         try:
-            instance = cls(**query)
+            instance = without_queries(partial(cls, **query))
         except BlockingQuery:  # a default value asks the database
             return await _run(cls, "create", **query)
         await _run_single(instance, "save", force_insert=True)
