@@ -1,6 +1,8 @@
 """Methods of Peewee's that execute one query: on the event loop where the database can do that."""
 
 import asyncio
+import errno
+import os
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -289,6 +291,49 @@ async def test_an_unknown_outcome(db: Database, note: Any, asked: list[str]) -> 
         await task
     await back_to_rest(db)
     assert await note.aget_or_none(note.text == "slow") is None
+
+
+async def test_a_result_that_cannot_be_read(postgres_url: str, asked: list[str]) -> None:
+    """A statement whose result psycopg can't read has been done, and isn't done once more."""
+    async with connected(postgres_url, options="-c datestyle=German") as db:
+
+        class Moment(peewee.DateTimeField):
+            field_type = "TIMESTAMPTZ"
+
+        class Happened(db.Model):
+            at = Moment(primary_key=True, constraints=[peewee.SQL("DEFAULT clock_timestamp()")])
+            text = peewee.TextField()
+
+        await db.acreate_tables([Happened])
+        for _ in range(4):
+            with pytest.raises(NotImplementedError, match="DateStyle"):
+                await Happened.acreate(text="a")
+        assert asked
+        assert await db.count(Happened.select()) == 4
+
+
+async def test_an_event_loop_that_watches_no_sockets(
+    db: Database, note: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sockets can't be watched, as on Windows, everything is run in threads."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError
+
+    def no_descriptor(fd: int) -> int:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    asked.clear()
+    places = [(asyncio.get_running_loop(), "add_reader", refuse), (os, "dup", no_descriptor)]
+    for place, name, refused in places:
+        db.close_all()  # so that the next connection isn't watched yet
+        await db.count(note.select())
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, refused)
+            made = await note.acreate(text=name)
+            assert await note.aget_by_id(made.id) == made
+    assert asked == []
+    assert db.pool_stats.discarded == 0
 
 
 async def test_whoever_watches_statements_sees_these(db: Database, note: Any) -> None:

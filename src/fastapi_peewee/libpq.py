@@ -72,7 +72,7 @@ class Statements:
         be on its way: the caller closes the connection.
 
         Raises:
-            NotImplementedError: this event loop can't watch sockets; nothing was sent.
+            Unwatchable: this event loop can't watch its socket; nothing was sent.
         """
         watch = Watch.of(self._conn)
         steps, result = self._steps(sql, params), None

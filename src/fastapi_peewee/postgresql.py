@@ -18,6 +18,7 @@ from .drivers import cause_of, isolation, readable, shut_down
 from .exceptions import OutcomeUnknown
 from .libpq import Cursor, Statements, answer, ask, column, connection_class
 from .outcomes import READS
+from .sockets import Unwatchable
 from .sql_cache import Statement
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
@@ -149,9 +150,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
                 if unsure and self.lost(conn, error):
                     raise OutcomeUnknown("A statement that writes was sent") from error
                 self.raise_refused(error, sql, params)
+            except Unwatchable:
+                return None
             except BaseException as error:
-                if isinstance(error, NotImplementedError):
-                    return None
                 if isinstance(error, asyncio.CancelledError) and unsure:
                     # What is cancelled is over when the caller learns of it, as in a thread.
                     end = partial(self._end_statement, conn)

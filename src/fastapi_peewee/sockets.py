@@ -13,6 +13,10 @@ from typing import Any
 _LOOK_EVERY = 0.1
 
 
+class Unwatchable(Exception):
+    """This event loop can't watch this socket."""
+
+
 class Watch:
     """A connection's socket, as one event loop watches it, from one statement to the next.
 
@@ -21,7 +25,7 @@ class Watch:
     already.
 
     Raises:
-        NotImplementedError: this event loop can't watch sockets.
+        Unwatchable: as on Windows, where a socket is no descriptor; or there is none left.
     """
 
     def __init__(self, pgconn: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -30,17 +34,21 @@ class Watch:
         self._answered: asyncio.Future[None] | None = None
         self._results: list[Any] = []
         self._looks = _looks.setdefault(loop, _Looks())
-        fd = self._fd = os.dup(pgconn.socket)
+        number = pgconn.socket
+        try:
+            fd = self._fd = os.dup(number)
+        except OSError as error:
+            raise Unwatchable from error
         self._is_sending = False
         #: Stop watching. To be called once or more, in any thread.
         self.end = weakref.finalize(self, _unwatch_soon, loop, fd)
         self.end.atexit = False
         try:
             loop.add_reader(fd, _read, weakref.ref(self))
-        except NotImplementedError:
+        except NotImplementedError as error:
             self.end.detach()
             os.close(fd)
-            raise
+            raise Unwatchable from error
 
     @classmethod
     def of(cls, conn: Any) -> "Watch":
