@@ -269,6 +269,17 @@ async def test_statements_that_were_deallocated(db: Database, note: Any, mode: s
             assert (await http.get(f"/{mode}/1")).json() == {"id": 1, "text": "a"}
 
 
+async def test_prepared_statements_do_not_pile_up(db: Database, note: Any) -> None:
+    """A session that is reset has no more of the statements that we have forgotten."""
+    count = "SELECT count(*) FROM pg_prepared_statements"
+    for _ in range(10):
+        for _ in range(3):
+            await note.aget_by_id(1)
+        await db.aexecute_sql("SET application_name = 'a'")
+    assert db.pool_stats.opened == 1
+    assert await db.aexecute_sql(count) == [(0,)]
+
+
 async def test_errors_are_peewees(db: Database, note: Any) -> None:
     """An error of the server's is Peewee's, over psycopg's; the connection is kept."""
     sql = "SELECT (1 / %s::int)::text"

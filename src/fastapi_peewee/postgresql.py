@@ -22,13 +22,9 @@ from .sockets import Unwatchable
 from .sql_cache import Statement
 from .state import Lease, forbid_lazy_load, translate_driver_errors
 
-# What DISCARD ALL does, in the order of its manual page, but for the prepared statements: most of
-# them are ours, and go on being used. Returns the number of those that aren't.
-_RESET = (
-    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *;"
-    b"SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES;"
-    b"SELECT count(*) FROM pg_prepared_statements WHERE from_sql"
-)
+# The prepared statements as well: somebody may have dropped ours, so that they are forgotten, and
+# would pile up on the server.
+_RESET = b"DISCARD ALL"
 
 
 T = TypeVar("T")
@@ -277,4 +273,4 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             lease.held.statements.forget()
         result = conn.pgconn.exec_(_RESET)
         self.prepare_session(conn, self.pool.statement_timeout)
-        return result.status == ExecStatus.TUPLES_OK and result.get_value(0, 0) == b"0"
+        return bool(result.status == ExecStatus.COMMAND_OK)
