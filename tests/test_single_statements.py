@@ -97,6 +97,44 @@ async def test_default_values_are_made_once(db: Database, note: Any, asked: list
     assert (await note.aget_by_id(made.id)).key == made.key
 
 
+async def test_fields_that_can_be_read_once(db: Database, note: Any, asked: list[str]) -> None:
+    """`only` may be a generator."""
+    made = await note.acreate(text="c", number=1)
+    asked.clear()
+    for number in (2, 3, 4):
+        made.number, made.key = number, uuid.uuid4()
+        assert await made.asave(only=(name for name in ("number",))) == 1
+        assert (await note.aget_by_id(made.id)).number == number
+        assert [field.name for field in made.dirty_fields] == ["key"]
+    assert asked
+
+
+async def test_what_is_assigned_meanwhile(db: Database, note: Any, asked: list[str]) -> None:
+    """Of a model that saves its dirty fields, what is assigned during `asave` stays dirty."""
+
+    class Careful(note):
+        class Meta:
+            table_name = note._meta.table_name
+            only_save_dirty = True
+
+    made = await Careful.acreate(text="c")
+    for text in "de":
+        made.text = text
+        await made.asave()
+    made.text = "f"
+    asked.clear()
+    task = asyncio.create_task(made.asave())
+    while not asked:
+        await anyio.lowlevel.checkpoint()
+    assert not task.done()
+    made.number = 99
+    assert await task == 1
+    assert [field.name for field in made.dirty_fields] == ["number"]
+    assert await made.asave() == 1
+    assert (await Careful.aget_by_id(made.id)).number == 99
+    assert await made.asave() is False
+
+
 async def test_inside_a_block(db: Database, note: Any, asked: list[str]) -> None:
     """Inside a transaction they are part of it, in the thread that has its turn."""
     with pytest.raises(LookupError):

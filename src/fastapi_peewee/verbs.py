@@ -120,6 +120,11 @@ class AsyncModelMixin:
         return await _run(cls, "bulk_update", model_list, fields, batch_size)
 
     async def asave(self, force_insert: bool = False, only: Any = None) -> Any:
+        model: Any = self
+        if only is not None:
+            only = list(only)  # `save` is called more than once
+        elif self._meta.only_save_dirty and not force_insert and _is_single(type(model), "save"):
+            only = model.dirty_fields or None  # what is assigned meanwhile stays dirty
         return await _run_single(self, "save", force_insert, only)
 
     async def adelete_instance(self, recursive: bool = False, delete_nullable: bool = False) -> int:
