@@ -121,9 +121,10 @@ class AsyncModelMixin:
 
     async def asave(self, force_insert: bool = False, only: Any = None) -> Any:
         model: Any = self
+        cls: Any = type(self)
         if only is not None:
             only = list(only)  # `save` is called more than once
-        elif self._meta.only_save_dirty and not force_insert and _is_single(type(model), "save"):
+        elif self._meta.only_save_dirty and not force_insert and _is_single(cls, "save"):
             only = model.dirty_fields or None  # what is assigned meanwhile stays dirty
         return await _run_single(self, "save", force_insert, only)
 
