@@ -319,6 +319,36 @@ async def test_cancelled(db: Database, note: Any, asked: list[str]) -> None:
     assert await note.aget_or_none(note.text == "slow") is None
 
 
+async def test_all_tasks_are_cancelled(
+    db: Database, note: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That holds also if meanwhile all tasks are cancelled, as `asyncio.run` does it at its end."""
+    await slow(db, note)
+    begun, goes_on = threading.Event(), threading.Event()
+    interrupt = type(db).interrupt
+
+    def late(self: Database, conn: Any) -> bool:
+        begun.set()
+        assert goes_on.wait(10)
+        return interrupt(self, conn)
+
+    monkeypatch.setattr(type(db), "interrupt", late)
+    others = asyncio.all_tasks()
+    task = asyncio.create_task(note.acreate(text="slow"))
+    await running(db, asked)
+    task.cancel()
+    assert await asyncio.to_thread(begun.wait, 10)
+    for each in asyncio.all_tasks() - others:
+        each.cancel()
+    for _ in range(10):
+        await anyio.lowlevel.checkpoint()
+    assert not task.done()
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await db.aexecute_sql(BUSY) == []
+
+
 async def test_an_unknown_outcome(db: Database, note: Any, asked: list[str]) -> None:
     """A write whose connection is lost before the answer has an outcome that is unknown."""
     await slow(db, note)

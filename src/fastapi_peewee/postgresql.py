@@ -5,7 +5,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
 
@@ -150,9 +149,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
                 return None
             except BaseException as error:
                 if isinstance(error, asyncio.CancelledError) and unsure:
-                    # What is cancelled is over when the caller learns of it, as in a thread.
-                    end = partial(self._end_statement, conn)
-                    await uninterrupted(asyncio.ensure_future(asyncio.to_thread(end)))
+                    # What is cancelled is over when the caller learns of it, as in a thread. No
+                    # task awaits that: whoever cancels all tasks would cancel it, too.
+                    loop = asyncio.get_running_loop()
+                    await uninterrupted(loop.run_in_executor(None, self._end_statement, conn))
                 conn.close()  # an answer may be on its way
                 raise
         finally:
