@@ -20,7 +20,16 @@ import pytest
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 
-from fastapi_peewee import Database, InTransaction, connect, get_db, param, prepared, respond
+from fastapi_peewee import (
+    BlockingQuery,
+    Database,
+    InTransaction,
+    connect,
+    get_db,
+    param,
+    prepared,
+    respond,
+)
 from fastapi_peewee.libpq import Statements, column
 from fastapi_peewee.sockets import Watch
 from soak.proxy import Proxy
@@ -278,6 +287,18 @@ async def test_prepared_statements_do_not_pile_up(db: Database, note: Any) -> No
         await db.aexecute_sql("SET application_name = 'a'")
     assert db.pool_stats.opened == 1
     assert await db.aexecute_sql(count) == [(0,)]
+
+
+async def test_an_event_loop_in_a_thread(db: Database, note: Any) -> None:
+    """An event loop that is run in the thread of a call is blocked by nothing, either."""
+
+    async def read() -> Any:
+        return note.get_by_id(1)
+
+    for _ in range(3):
+        await note.aget_by_id(1)  # so that its SQL is known
+    with pytest.raises(BlockingQuery):
+        await db.run(lambda: asyncio.run(read()))
 
 
 async def test_errors_are_peewees(db: Database, note: Any) -> None:

@@ -183,6 +183,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if compiled and lease is not None and not lease.root.tainted:
             statements = _statements(lease)
             if statements is not None:
+                self._state.guard()
                 return Cursor(statements)
         cursor = super().cursor()
         if not named_cursor:
