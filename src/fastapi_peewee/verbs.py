@@ -17,7 +17,7 @@ def _database(model: Any) -> "Database":
     db: Any = model._meta.database
     if isinstance(db, peewee.Proxy):
         db = db.obj
-    if not hasattr(db, "run"):
+    if not hasattr(db, "run_single"):
         raise peewee.InterfaceError(
             f"{model._meta.name} is bound to {type(db).__name__}, which has no async methods. "
             "Make the database with `fastapi_peewee.connect(url)`."
@@ -50,8 +50,10 @@ def _is_single(model: Any, method: str) -> bool:
 @lru_cache(maxsize=1024)
 def _creates(model: Any) -> bool:
     """Whether `create()` makes an instance and saves it, and that is a single statement."""
-    create = inspect.getattr_static(peewee.Model, "create")
-    return inspect.getattr_static(model, "create") is create and _is_single(model, "save")
+    return _is_single(model, "save") and all(
+        inspect.getattr_static(model, name) is inspect.getattr_static(peewee.Model, name)
+        for name in ("create", "__init__")
+    )
 
 
 async def _run_single(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
