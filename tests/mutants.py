@@ -330,8 +330,8 @@ MUTANTS = [
             Edit(
                 "postgresql",
                 "PostgresqlDatabase._on_the_loop",
-                "await uninterrupted(asyncio.ensure_future(asyncio.to_thread(end)))",
-                "end",
+                "await uninterrupted(loop.run_in_executor(None, self._end_statement, conn))",
+                "loop",
             ),
         ),
         f"{LIBPQ} -k cancelled",

@@ -560,7 +560,7 @@ def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Cloc
     assert pool._watchdog is not None
     lease = take(pool)
     with pool.waiting(lease):
-        clock.now += 1.1
+        clock.now += 0.9
         pool._watchdog.look()
         assert driver.were_cut == []  # the database may end it by itself
         clock.now += 0.2
