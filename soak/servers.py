@@ -245,12 +245,28 @@ def frozen(*pids: int) -> Iterator[None]:
     """Stop processes, without their end of a connection being closed, for the length of a block."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        _wait_until_stopped(pid)
     try:
         yield
     finally:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def _wait_until_stopped(pid: int) -> None:
+    """Wait for all its threads: one that is running meanwhile may still answer."""
+    deadline = time.monotonic() + _STOP_TIMEOUT
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):  # a thread that has ended, or the process
+            states = [
+                stat.read_text().rpartition(")")[2].split()[0]
+                for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+            ]
+            if all(state in "TZX" for state in states):
+                return
+        time.sleep(0.001)
 
 
 def _runs(process: psutil.Process) -> bool:
