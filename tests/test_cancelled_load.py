@@ -57,7 +57,7 @@ async def test_cancelled_requests_leave_nothing(db: Database, database_url: str)
     dice, numbers, paths = random.Random(COUNT), iter(range(10**9)), list(PATHS)
     asked: dict[int, tuple[str, list[int]]] = {}
     ends: Counter[str] = Counter()
-    before = asyncio.all_tasks()
+    before, threads = asyncio.all_tasks(), pool_threads()  # other tests may have left some
 
     async def one() -> None:
         number, path, answers = next(numbers), dice.choice(paths), []  # type: ignore[var-annotated]
@@ -112,7 +112,7 @@ async def test_cancelled_requests_leave_nothing(db: Database, database_url: str)
             assert answers in ([200], [200, 0])
             assert stored[number] == PATHS[path][-1], (path, number)
     assert await db.close_pool()
-    assert pool_threads() == 0
+    assert pool_threads() <= threads
     gc.collect()
     assert len(os.listdir("/dev/fd")) <= descriptors
     print(f"\n{db}: {dict(ends)}, {sum(map(bool, stored.values()))} have written")

@@ -170,6 +170,9 @@ class Pool:
             self._watchdog = Watchdog(statement_timeout, transaction_timeout, self._cut, clock)
         self._opened = self._discarded = self._timed_out = self._refused = 0
         self._epoch = 0
+        #: Kept from the collector: with a lease that is dropped it would take its connection, too,
+        #: and PyMySQL's is closed then, while it is given back.
+        self._lent: set[Any] = set()
         self._start()
         _pools.add(self)
 
@@ -372,8 +375,8 @@ class Pool:
         if held is not None and not self._opener.interrupt(held.conn):
             held.epoch = _WORN_OUT
 
-    @staticmethod
-    def _lend(held: _Held, lease: Lease) -> None:
+    def _lend(self, held: _Held, lease: Lease) -> None:
+        self._lent.add(held.conn)
         lease.held = held
         held.state = lease.state
         lease.state["conn"] = held.conn
@@ -393,6 +396,8 @@ class Pool:
             elif lease.held is not None:
                 self._take_back(lease.held, lease)
         finally:
+            if lease.held is not None:
+                self._lent.discard(lease.held.conn)
             lease.held, lease.state = None, {}
             lease.slot.release()
             lease.turn.release()  # those who wait for it learn that it has ended
