@@ -4,6 +4,7 @@ import asyncio
 import gc
 import inspect
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -224,3 +225,11 @@ BLOCKS: dict[str, Callable[[Database], Any]] = {
     "atomic in connection_context": lambda db: nested(db.connection_context(), db.atomic()),
     "atomic in with db": lambda db: nested(db, db.atomic()),
 }
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait, and keep an event loop from going on meanwhile."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

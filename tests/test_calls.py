@@ -3,28 +3,19 @@
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from fastapi_peewee import Database, connect
-from tests.apps import back_to_rest, connected
+from tests.apps import back_to_rest, connected, until
 
 
 @pytest.fixture
 async def db(sqlite_url: str) -> AsyncIterator[Database]:
     async with connected(sqlite_url, pool_size=1) as db:
         yield db
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Wait, and keep an event loop from going on meanwhile."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 async def test_without_a_thread_it_fails_and_holds_nothing(

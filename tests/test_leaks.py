@@ -5,9 +5,8 @@ import gc
 import logging
 import os
 import threading
-import time
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastapi_peewee import Database, LeaseEnded, connect
 from fastapi_peewee.gate import Gate
 from fastapi_peewee.leaks import Watch
 from fastapi_peewee.state import Lease
-from tests.apps import back_to_rest, connected
+from tests.apps import back_to_rest, connected, until
 from tests.apps import note as note
 from tests.test_pool import Clock
 
@@ -28,13 +27,6 @@ LIMIT = 0.02
 async def db(sqlite_url: str) -> AsyncIterator[Database]:
     async with connected(sqlite_url, pool_size=1, leak_detection_threshold=LIMIT) as db:
         yield db
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def lease() -> Lease:

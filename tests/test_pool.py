@@ -1,8 +1,10 @@
 """The pool: which connection a lease gets, and what becomes of it. Mostly with a driver of ours."""
 
 import asyncio
+import gc
 import os
 import threading
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ from fastapi_peewee import (
 )
 from fastapi_peewee.pool import CHECK_AFTER, Pool
 from fastapi_peewee.state import Lease
-from tests.apps import connected
+from tests.apps import connected, until
 
 LONG = 30.0
 
@@ -305,6 +307,28 @@ def test_a_forked_child_begins_with_a_pool_of_its_own(pool: Pool, driver: Driver
         assert pipe.read().decode() == "(0, 0, [2, 3], [])"
     pool.give_back(in_use)
     assert pool.stats[:2] == (0, 2)
+
+
+def test_a_connection_outlives_the_lease_that_was_dropped(driver: Driver) -> None:
+    """The collector doesn't take it along: PyMySQL's would be closed while it is given back."""
+
+    class Conn:
+        def __del__(self) -> None:
+            collected.append(1)
+
+    collected: list[int] = []
+    driver.open_connection = lambda _: Conn()  # type: ignore[method-assign, return-value, assignment]
+    pool = Pool(driver, size=1, timeout=LONG, max_waiting=1, max_lifetime=60)
+    lease = pool.acquire_blocking()
+    pool.connect(lease)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del lease
+        gc.collect()
+        until(lambda: pool.stats.in_use == 0)
+    assert pool.stats.idle == 1
+    assert collected == []
+    assert pool._lent == set()
 
 
 @pytest.mark.parametrize("threshold", [None, 60.0])

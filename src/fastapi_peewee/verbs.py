@@ -1,4 +1,7 @@
-"""`await User.aget(…)` and the like: the names of `playhouse.pwasyncio`, thin calls of `db.run`."""
+"""`await User.aget(…)` and the like: the names of `playhouse.pwasyncio`.
+
+Thin calls of `db.run`, or of `db.run_single` for those that execute one query.
+"""
 
 import inspect
 from functools import lru_cache, partial
@@ -28,6 +31,7 @@ def _database(model: Any) -> "Database":
 #: Methods of Peewee's that execute one query, and those that they call for it. A model that
 #: overrides one of these may do more.
 _SINGLE = {
+    "create": ("__init__", "save", "insert", "update"),
     "save": ("insert", "update"),
     "get": ("select",),
     "get_or_none": ("get", "select"),
@@ -44,15 +48,6 @@ def _is_single(model: Any, method: str) -> bool:
     return all(
         inspect.getattr_static(model, name) is inspect.getattr_static(peewee.Model, name)
         for name in (method, *_SINGLE[method])
-    )
-
-
-@lru_cache(maxsize=1024)
-def _creates(model: Any) -> bool:
-    """Whether `create()` makes an instance and saves it, and that is a single statement."""
-    return _is_single(model, "save") and all(
-        inspect.getattr_static(model, name) is inspect.getattr_static(peewee.Model, name)
-        for name in ("create", "__init__")
     )
 
 
@@ -80,7 +75,7 @@ class AsyncModelMixin:
     @classmethod
     async def acreate(cls, **query: Any) -> Self:
         model: Any = cls
-        if not (_database(cls).on_the_loop and _creates(model)):
+        if not (_database(cls).on_the_loop and _is_single(model, "create")):
             return await _run(cls, "create", **query)
         try:
             instance = without_queries(partial(cls, **query))
