@@ -34,8 +34,8 @@ class Kills:
 
     Attributes:
         cycles: how often a process was killed.
-        acknowledged: transfers that were known to be committed.
-        unknown: transfers that were there and had not been acknowledged.
+        acknowledged: transfers and notes that were known to be committed.
+        unknown: those that were there and had not been acknowledged.
         recovered: seconds from a server's start to the first transfer on it, for each cycle.
         violations: in words.
     """
@@ -72,7 +72,7 @@ def kill_writers(
             acknowledged = _kill_while_it_writes(writer, ours, dice)
         _check_entries(url, first, acknowledged, kills)
         kills.cycles += 1
-        first = 1 + max([first, *acknowledged]) + 10 * _CLIENTS
+        first = 1 + max(first, *map(abs, acknowledged), 0) + 20 * _CLIENTS
         on_cycle(kills)
     return kills
 
@@ -97,7 +97,9 @@ def _kill_while_it_writes(
 
 
 def write(url: str, first: int, pipe: Connection) -> None:
-    """The process that is killed: it transfers without end, and says what is committed."""
+    """The process that is killed: it transfers and takes notes without end, and says what is
+    committed: the numbers of transfers, and those of notes with a minus.
+    """
 
     async def main() -> None:
         workload, numbers = Workload(connect(url, pool_size=_CLIENTS)), itertools.count(first)
@@ -108,7 +110,13 @@ def write(url: str, first: int, pipe: Connection) -> None:
                 if outcome is Outcome.DONE:
                     pipe.send_bytes(b"%d" % number)
 
-        await asyncio.gather(*(client(bool(n % 2)) for n in range(_CLIENTS)))
+        async def notes() -> None:
+            for number in numbers:
+                if await workload.note(number) is Outcome.DONE:
+                    pipe.send_bytes(b"%d" % -number)
+
+        clients = [client(bool(n % 2)) for n in range(_CLIENTS)]
+        await asyncio.gather(*clients, *(notes() for _ in range(_CLIENTS)))
 
     asyncio.run(main())
 
@@ -119,6 +127,10 @@ def _check_entries(url: str, first: int, acknowledged: Iterable[int], kills: Kil
             "SELECT transfer, count(*), sum(amount) FROM entry"
             f" WHERE transfer >= {first} GROUP BY transfer"
         ).fetchall()
+        notes = db.execute_sql(
+            f"SELECT number, count(*), max(version) FROM note WHERE number >= {first}"
+            " GROUP BY number"
+        ).fetchall()
         total, least = db.execute_sql("SELECT sum(balance), min(balance) FROM account").fetchone()
     there = {number for number, _, _ in rows}
     kills.violations += [
@@ -126,8 +138,10 @@ def _check_entries(url: str, first: int, acknowledged: Iterable[int], kills: Kil
         for number, count, amount in rows
         if (count, amount) != (2, 0)
     ]
-    acknowledged = set(acknowledged)
-    kills.violations += [f"lost: transfer {number}" for number in acknowledged - there]
+    kills.violations += [f"note {number} is there {n} times" for number, n, _ in notes if n > 1]
+    complete = {-number for number, _, version in notes if version == 2}
+    acknowledged, there = set(acknowledged), there | complete
+    kills.violations += [f"lost: {number} (below 0: a note)" for number in acknowledged - there]
     if total != Workload.TOTAL or least < 0:
         kills.violations.append(f"the balances come to {total}, the least is {least}")
     kills.acknowledged += len(acknowledged)
@@ -159,6 +173,10 @@ async def _kill_server(
             outcome = await workload.transfer(random.Random(f"{seed}/{number}"), number, Way(sync))
             done[outcome is Outcome.DONE] += 1
 
+    async def notes() -> None:
+        while not over:
+            await workload.note(next(numbers))
+
     async def more(count: int) -> None:
         until = done[True] + count
         async with asyncio.timeout(_PATIENCE):
@@ -166,6 +184,7 @@ async def _kill_server(
                 await asyncio.sleep(0.001)
 
     clients = [asyncio.create_task(client(bool(n % 2))) for n in range(_CLIENTS)]
+    clients += [asyncio.create_task(notes()) for _ in range(_CLIENTS)]
     try:
         for _ in range(cycles):
             await more(3)

@@ -1,15 +1,15 @@
 """Transactions whose results show it if one is lost, torn or mixed up with another.
 
-Two kinds: transfers between accounts, of which every reader must see the same total; and lists,
-which transactions append to and read (see `history`). They run as synchronous code in
-`db.run(…)` or in `async with db.atomic():`, some of them with retries.
+Three kinds: transfers between accounts, of which every reader must see the same total; lists, which
+transactions append to and read (see `history`); and notes, written by single statements. The first
+two run as synchronous code in `db.run(…)` or in `async with db.atomic():`, some with retries.
 """
 
 import asyncio
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,13 +82,18 @@ class Workload:
             account = peewee.IntegerField()
             amount = peewee.IntegerField()
 
+        class Note(db.Model):  # type: ignore[name-defined]
+            number = peewee.IntegerField()
+            version = peewee.IntegerField(default=1)
+
         class Items(db.Model):  # type: ignore[name-defined]
             text = peewee.TextField()
 
         self.db = db
         self._transfers: dict[int, Outcome] = {}
+        self._notes: dict[int, list[int]] = {}
         self._history: list[Transaction] = []
-        self._account, self._entry, self._items = Account, Entry, Items
+        self._account, self._entry, self._items, self._note = Account, Entry, Items, Note
         self._serial = isinstance(db, peewee.SqliteDatabase)
         self.outcomes: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
@@ -97,10 +102,10 @@ class Workload:
     async def begin(self, seed: object, count: int, level: str | None) -> None:
         """Empty the tables, and fill them for `count` operations."""
         self._seed, self._level = seed, level
-        self._transfers, self._history = {}, []
+        self._transfers, self._notes, self._history = {}, {}, []
 
         def fill() -> None:
-            models = [self._account, self._entry, self._items]
+            models = [self._account, self._entry, self._items, self._note]
             self.db.drop_tables(models)
             self.db.create_tables(models)
             numbers = range(1, _ACCOUNTS + 1)
@@ -123,6 +128,8 @@ class Workload:
             await self.transfer(dice, number, way)
         elif kind < 0.4:
             await self._read_balances(way)
+        elif kind < 0.5:
+            await self.note(number)
         else:
             await self._use_lists(dice, number, way)
 
@@ -132,6 +139,7 @@ class Workload:
         await self._until_back()
         found, self.found = self.found, []
         found += await self.db.run(self._wrong_accounts)
+        found += await self.db.run(self._wrong_notes)
         rows = await self.db.list(self._items.select(self._items.id, self._items.text).tuples())
         final = {key: _values(text) for key, text in rows}
         found += violations(self._history, final, _forbidding(self.db, self._level))
@@ -219,6 +227,36 @@ class Workload:
         ]
         return found
 
+    # Notes
+
+    async def note(self, number: int) -> Outcome:
+        """Two statements, each of which is a transaction of its own: two versions; 0 is no note."""
+        made = self._note(number=number)
+        for version in (1, 2):
+            made.version = version
+            self._notes[number] = [
+                version - 1,
+                version,
+            ]  # what may be there, whatever we hear of it
+            outcome = await self._outcome(made.asave, lambda: True)
+            if outcome is Outcome.DONE:
+                self._notes[number] = [version]
+            elif outcome is Outcome.FAILED:
+                self._notes[number] = [version - 1]
+            if outcome is not Outcome.DONE:
+                break
+        return outcome
+
+    def _wrong_notes(self) -> list[str]:
+        there: dict[int, list[int]] = {number: [] for number in self._notes}
+        for number, version in self._note.select(self._note.number, self._note.version).tuples():
+            there[number].append(version)
+        return [
+            f"note {number} is there as {versions}, not once as one of {self._notes[number]}"
+            for number, versions in there.items()
+            if len(versions) > 1 or sum(versions) not in self._notes[number]
+        ]
+
     # Lists
 
     async def _use_lists(self, dice: random.Random, number: int, way: Way) -> None:
@@ -251,7 +289,7 @@ class Workload:
 
         return read
 
-    # Both
+    # All
 
     async def _attempt(
         self, steps: Sequence[Callable[[], None]], way: Way, **options: Any
@@ -259,7 +297,6 @@ class Workload:
         """Run the steps in a transaction. Nobody knows of one that was cancelled while it ended,
         nor if we are told so; what fails otherwise must not be there."""
         ending = False
-        outcome = Outcome.DONE
 
         def body() -> None:
             nonlocal ending
@@ -275,7 +312,7 @@ class Workload:
                 await self.db.run(step)
             ending = True
 
-        try:
+        async def run() -> None:
             if way.sync:
                 whole = self.db.retry(body, retries=2, **options) if way.retries else None
                 await self.db.run(whole or self.db.atomic(**options)(body))
@@ -284,10 +321,20 @@ class Workload:
             else:
                 async with self.db.atomic(**options):
                     await abody()
+
+        return await self._outcome(run, lambda: ending)
+
+    async def _outcome(
+        self, run: Callable[[], Awaitable[Any]], ending: Callable[[], bool]
+    ) -> Outcome:
+        """Nobody knows of what was cancelled when it was `ending`."""
+        outcome = Outcome.DONE
+        try:
+            await run()
         except _TooLittle:
             outcome = Outcome.FAILED
         except (*EXPECTED, asyncio.CancelledError) as error:
-            cancelled = isinstance(error, asyncio.CancelledError) and ending
+            cancelled = isinstance(error, asyncio.CancelledError) and ending()
             unknown = cancelled or isinstance(error, OutcomeUnknown)
             outcome = Outcome.UNKNOWN if unknown else Outcome.FAILED
             self.errors[type(error).__name__] += 1
@@ -295,7 +342,7 @@ class Workload:
                 with suppress(asyncio.CancelledError):
                     await asyncio.sleep(_MOMENT)
         except Exception as error:
-            outcome = Outcome.UNKNOWN if ending else Outcome.FAILED
+            outcome = Outcome.UNKNOWN if ending() else Outcome.FAILED
             places = traceback.extract_tb(error.__traceback__)[-8:]
             where = ", ".join(f"{Path(p.filename).name}:{p.lineno} {p.name}" for p in places)
             self.found.append(f"an error that nobody expects: {error!r} ({where})")

@@ -104,8 +104,31 @@ BLOCKS = "tests/test_transaction_machine.py"
 POOL = "tests/test_pool_machine.py"
 LIBPQ = "tests/test_libpq.py tests/test_single_statements.py"
 INLINE = "tests/test_inline_reads.py"
+GROUP = "tests/test_group_commit.py"
 
 MUTANTS = [
+    Mutant(
+        "a group of statements isn't committed",
+        (Edit("group_commit", "GroupCommit._write_together", 'conn.execute("COMMIT")', "None"),),
+        GROUP,
+    ),
+    Mutant(
+        "what a group's rollback has undone is answered",
+        (Edit("group_commit", "_Write.undo", "self.cursor, self.error = None, error", "None"),),
+        GROUP,
+    ),
+    Mutant(
+        "a group is interrupted though somebody waits for it",
+        (
+            Edit(
+                "group_commit",
+                "GroupCommit._abandon",
+                "all(one.gone for one in self._batch)",
+                "True",
+            ),
+        ),
+        GROUP,
+    ),
     Mutant(
         "a transaction that fails isn't rolled back",
         (Edit("blocks", "_SafeTransaction._abandon", "self.db.rollback()", "None"),),

@@ -40,6 +40,7 @@ ORDER = [
     "libpq",
     "inline",
     "writers",
+    "group_commit",
     "sqlite",
     "postgresql",
     "mysql",

@@ -125,14 +125,14 @@ EVE = {"id": 3, "name": "Eve", "items": []}
 
 NESTED = {
     "sqlite": (
-        """SELECT json_object('id', _fp."c0", 'name', """
+        """SELECT json_group_array(json_object('id', _fp."c0", 'name', """
         """CASE WHEN typeof(_fp."c1") IN ('text','null') THEN _fp."c1" """
         """ELSE json('?'||_fp."c1") END, """
         """'items', (SELECT json_group_array(json_object('id', _fp1."c0", 'title', """
         """CASE WHEN typeof(_fp1."c1") IN ('text','null') THEN _fp1."c1" """
         """ELSE json('?'||_fp1."c1") END"""
         """)) FROM (SELECT "t1"."id" AS "c0", "t1"."title" AS "c1" FROM "item" AS "t1" """
-        """WHERE ("t1"."owner_id" = _fp."c0") ORDER BY "t1"."id") _fp1)) FROM ("""
+        """WHERE ("t1"."owner_id" = _fp."c0") ORDER BY "t1"."id") _fp1))) FROM ("""
         """SELECT "t1"."id" AS "c0", "t1"."name" AS "c1" FROM "user" AS "t1" """
         """WHERE ("t1"."name" != ?) ORDER BY "t1"."name") _fp"""
     ),

@@ -12,7 +12,8 @@ import peewee
 import pytest
 
 from fastapi_peewee import Database
-from fastapi_peewee.writers import Returned, Writers
+from fastapi_peewee.drivers import Returned
+from fastapi_peewee.writers import Writers
 from tests.apps import connected
 
 
@@ -117,7 +118,7 @@ async def test_a_transaction_that_is_left_open_gives_its_turn_back(db: Database,
 
 async def test_patience_has_an_end(db: Database, note: Any) -> None:
     """Past `busy_timeout` a writer gets SQLite's own error, which is answered with 503."""
-    db._writers._patience = 0.05
+    db._writers.patience = 0.05
     async with db.atomic():
         with pytest.raises(peewee.OperationalError, match="database is locked") as failure:
             await asyncio.create_task(note.acreate(text="a"), context=Context())

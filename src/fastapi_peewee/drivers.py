@@ -1,9 +1,10 @@
-"""What the classes of the databases share: isolation levels, sockets, the driver's error."""
+"""What the classes of the databases share: isolation levels, sockets, the driver's error, rows."""
 
 import math
 import os
 import select
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -53,6 +54,40 @@ def wait_for(sock: Any, what: int, seconds: float) -> int:
     found = events[0][1]
     failed = found & ~(select.POLLIN | select.POLLOUT)  # whoever goes on learns what it is
     return what if failed else bool(found & select.POLLIN) + 2 * bool(found & select.POLLOUT)
+
+
+class Returned:
+    """A cursor of SQLite's that has been read to the end: only then a statement that writes is
+    committed, and one that reads keeps the connection on an old snapshot no longer.
+    """
+
+    def __init__(self, cursor: Any) -> None:
+        self._all = cursor.fetchall()
+        self._rows = iter(self._all)
+        self.description = cursor.description
+        self.lastrowid = cursor.lastrowid
+        self.rowcount = cursor.rowcount
+        self.connection = cursor.connection
+
+    def again(self) -> "Returned":
+        """The same cursor, unread."""
+        self._rows = iter(self._all)
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._rows
+
+    def fetchone(self) -> Any:
+        return next(self._rows, None)
+
+    def fetchall(self) -> list[Any]:
+        return list(self._rows)
+
+    def fetchmany(self, size: int = 1) -> list[Any]:
+        return [row for _, row in zip(range(size), self._rows, strict=False)]
+
+    def close(self) -> None:
+        self._rows = iter(())
 
 
 def isolation(level: Any) -> Any:

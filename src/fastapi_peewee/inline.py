@@ -11,14 +11,32 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
+from .drivers import Returned
 from .state import generation
 
 #: After how many of SQLite's instructions the clock is looked at: every few microseconds.
 _INSTRUCTIONS = 500
-#: How many times a statement that took too long goes to a thread before it is tried here again.
+#: How many times a statement that takes too long each time it is tried goes to a thread in between,
+#: in the end. In the beginning it is once: the machine may have been busy with something else.
 _AVOIDED = 100
 #: How many such statements are remembered.
 _REMEMBERED = 1000
+
+
+class _Avoided:
+    """A statement that took too long.
+
+    Attributes:
+        left: how many times it goes to a thread before it is tried here again.
+    """
+
+    __slots__ = ("left", "times")
+
+    def __init__(self) -> None:
+        self.left = self.times = 0
+
+    def again(self) -> None:
+        self.left = self.times = min(2 * self.times or 1, _AVOIDED)
 
 
 class InlineReader:
@@ -40,7 +58,7 @@ class InlineReader:
         self._limit = limit
         self._clock = clock
         self._deadline = 0.0
-        self._avoided: dict[str, int] = {}
+        self._avoided: dict[str, _Avoided] = {}
         self._start()
 
     def _start(self) -> None:
@@ -76,10 +94,11 @@ class InlineReader:
             if conn is not None:
                 conn.close()
 
-    def read(self, sql: str, params: Sequence[Any]) -> list[Any] | None:
+    def read(self, sql: str, params: Sequence[Any]) -> Returned | None:
         """All rows; None if there is an error or it takes too long: then read in a thread."""
-        if avoided := self._avoided.get(sql, 0):
-            self._avoided[sql] = avoided - 1
+        avoided = self._avoided.get(sql)
+        if avoided is not None and avoided.left:
+            avoided.left -= 1
             return None
         if not self._lock.acquire(blocking=False):
             return None
@@ -88,13 +107,17 @@ class InlineReader:
             if conn is None:
                 return None
             self._deadline = self._clock() + self._limit
-            return conn.execute(sql, params).fetchall()
+            rows = Returned(conn.execute(sql, params))
         except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
                 if len(self._avoided) >= _REMEMBERED:
                     self._avoided.clear()
-                self._avoided[sql] = _AVOIDED
+                self._avoided.setdefault(sql, _Avoided()).again()
             return None
+        else:
+            if avoided is not None:
+                self._avoided.pop(sql, None)
+            return rows
         finally:
             self._lock.release()
 

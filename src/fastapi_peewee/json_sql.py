@@ -245,6 +245,12 @@ class JsonSql:
         """
         raise NotImplementedError
 
+    def listed(self, before: str) -> str | None:
+        """The text before the query if all rows are to be one text, the list of them. None: that is
+        no faster, or not always possible.
+        """
+        return None
+
     def inner(self, query: Any) -> Any:
         """The query as it must be written inside."""
         return query
@@ -382,6 +388,10 @@ class SqliteJson(_Wrapping):
     aggregate = "json_group_array({})"
     most_pairs = 60  # a function has at most 127 arguments
     no_rows = "json_array()"
+
+    def listed(self, before: str) -> str:
+        value = before.removeprefix("SELECT ").removesuffix(" FROM (")
+        return f"SELECT {self.aggregate.format(value)} FROM ("
 
     def _literal(self, text: str) -> str:
         return text

@@ -32,16 +32,17 @@ _ONE = SQL("1")
 
 
 class Texts:
-    """The rows of a json plan, as the database sent them."""
+    """The rows of a json plan, as the database sent them: one by one, or `listed` in one text."""
 
-    __slots__ = ("many", "texts")
+    __slots__ = ("listed", "many", "texts")
 
-    def __init__(self, texts: Sequence[bytes], many: bool) -> None:
+    def __init__(self, texts: Sequence[bytes], many: bool, listed: bool) -> None:
         self.texts = texts
         self.many = many
+        self.listed = listed
 
     def body(self) -> bytes:
-        if self.many:
+        if self.many and not self.listed:
             return b"[" + b",".join(self.texts) + b"]"
         return self.texts[0] if self.texts else b"null"
 
@@ -83,16 +84,21 @@ class JsonPlan(Plan):
         self._rows = RowPlan(response, tree, narrowed, "the database couldn't build the JSON")
         sql = writer(db)(db, by_alias)
         self._before, self._after = sql.around(tree, narrowed)
+        self._before_list = sql.listed(self._before) if response.many else None
         self._params = sql.params
         self._query = sql.inner(narrowed.query)
 
     def statement(self, db: Any) -> tuple[str, list[Any]]:
+        return self._statement(db, self._before_list or self._before)
+
+    def _statement(self, db: Any, before: str) -> tuple[str, list[Any]]:
         text, params = db.get_sql_context().parse(self._query)
-        return self._before + text + self._after, self._params + params
+        return before + text + self._after, self._params + params
 
     def load(self, db: Any) -> Any:
         try:
-            return _run(db, *self.statement(db), self.response.many)
+            listed = self._before_list is not None
+            return _run(db, *self.statement(db), self.response.many, listed)
         except NotBuilt:
             return self._rows.load(db)
 
@@ -100,7 +106,8 @@ class JsonPlan(Plan):
         sent, alone = 0, not db.in_transaction()
         with one_snapshot(db, 2):  # the rows that are read in another way must be the same
             try:
-                with _refused_json(db), closing(db.stream(*self.statement(db), size)) as chunks:
+                statement = self._statement(db, self._before)
+                with _refused_json(db), closing(db.stream(*statement, size)) as chunks:
                     for rows in chunks:
                         texts = encoded(rows)
                         try:
@@ -118,14 +125,15 @@ class JsonPlan(Plan):
         template = compile_template(self._query, shape, db)
         if template is None:
             return None
-        sql = self._before + template.sql + self._after
-        return Compiled(db, sql, self._params, template, self.response.many)
+        sql = (self._before_list or self._before) + template.sql + self._after
+        listed = self._before_list is not None
+        return Compiled(db, sql, self._params, template, self.response.many, listed)
 
 
-def _run(db: Any, sql: str, params: Sequence[Any], many: bool) -> Texts:
+def _run(db: Any, sql: str, params: Sequence[Any], many: bool, listed: bool) -> Texts:
     """Raises `NotBuilt` if the rows have to be read in another way."""
     with _refused_json(db), translate_driver_errors:
-        return Texts(db.read_texts(sql, params), many)
+        return Texts(db.read_texts(sql, params), many, listed)
 
 
 @contextmanager
@@ -149,11 +157,12 @@ class Compiled(NamedTuple):
     params: list[Any]
     template: Template
     many: bool
+    listed: bool
 
     def load(self, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
         all_params = [*self.params, *params] if self.params else params
-        return _run(self.db, self.sql, all_params, self.many)
+        return _run(self.db, self.sql, all_params, self.many, self.listed)
 
     async def aload(self, params: Sequence[Any]) -> Texts | None:
         """The same on the event loop; None where that can't be, or not now."""
@@ -163,7 +172,7 @@ class Compiled(NamedTuple):
                 texts = await self.db.aread_texts(self.sql, all_params)
         except NotBuilt:
             return None
-        return None if texts is None else Texts(texts, self.many)
+        return None if texts is None else Texts(texts, self.many, self.listed)
 
 
 class RowPlan(Plan):

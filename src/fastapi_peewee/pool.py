@@ -212,6 +212,11 @@ class Pool:
                 self._workers = workers
         return workers
 
+    def acquire_nowait(self) -> Lease | None:
+        """The same as `acquire()`, if a slot is free and nobody waits for it; else None."""
+        gate = self._gate
+        return self._lease(gate) if gate.acquire_nowait() else None
+
     async def acquire(self) -> Lease:
         """Wait for a slot and return a lease, its turn taken by the caller.
 
@@ -222,10 +227,10 @@ class Pool:
             TooManyWaiting: the queue is full.
             PoolClosed: the pool is being closed.
         """
-        gate = self._gate
-        if gate.acquire_nowait():
-            return self._lease(gate)
-        begun = self._clock()
+        lease = self.acquire_nowait()
+        if lease is not None:
+            return lease
+        begun, gate = self._clock(), self._gate
         try:
             acquired = await gate.acquire(self.timeout)
         except TooManyWaiting:
@@ -235,10 +240,10 @@ class Pool:
 
     def acquire_blocking(self) -> Lease:
         """The same for a thread."""
-        gate = self._gate
-        if gate.acquire_nowait():
-            return self._lease(gate)
-        begun = self._clock()
+        lease = self.acquire_nowait()
+        if lease is not None:
+            return lease
+        begun, gate = self._clock(), self._gate
         try:
             acquired = gate.acquire_blocking(self.timeout)
         except TooManyWaiting:

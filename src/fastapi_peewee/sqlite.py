@@ -12,17 +12,20 @@ from typing import Any
 
 import peewee
 
-from .database import Database
-from .drivers import ISOLATION_LEVELS, cause_of, isolation
+from .database import REFUSED, Database
+from .drivers import ISOLATION_LEVELS, Returned, cause_of, isolation
+from .group_commit import GroupCommit
 from .inline import InlineReader
 from .outcomes import READS
 from .reads import encoded
 from .state import Lease, translate_driver_errors
-from .writers import Returned, Writers
+from .writers import Writers
 
 
 class SqliteDatabase(Database, peewee.SqliteDatabase):
     """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
+
+    on_the_loop = True
 
     def __init__(
         self,
@@ -40,6 +43,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         kwargs.setdefault("lock_type", "IMMEDIATE")
         self._busy_timeout = busy_timeout
         self._writers = Writers(float(busy_timeout))
+        self._groups: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit]
+        self._groups = weakref.WeakKeyDictionary()
         self._inline: InlineReader | None = None
         if float(inline_reads):
             self._inline = InlineReader(self.open_connection, float(inline_reads))
@@ -159,14 +164,34 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         super()._initialize_connection(conn)
         conn.create_function("fastapi_peewee_float", 1, _json_float, deterministic=True)
 
+    async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
+        if self.watched or self.taints(sql):
+            return None
+        if READS.match(sql) is not None:
+            return await self._read_inline(sql, params)
+        loop = asyncio.get_running_loop()
+        group = self._groups.get(loop)
+        if group is None:
+            group = self._groups[loop] = GroupCommit(self.pool, self._state, self._writers)
+        try:
+            with translate_driver_errors:
+                return await group.execute(sql, params)
+        except REFUSED as error:
+            self.raise_refused(error, sql, params)
+
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
+        if self._state.lease() is not None or self.watched:
+            return None
+        rows = await self._read_inline(sql, params)
+        return None if rows is None else encoded(rows.fetchall())
+
+    async def _read_inline(self, sql: str, params: Sequence[Any]) -> Returned | None:
         inline = self._inline
-        if inline is None or self._state.lease() is not None or self.watched:
+        if inline is None:
             return None
         if not inline.ready:
             await asyncio.to_thread(inline.open)
-        rows = inline.read(sql, params)
-        return None if rows is None else encoded(rows)
+        return inline.read(sql, params)
 
     def close_all(self) -> None:
         super().close_all()
@@ -174,7 +199,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             self._inline.close()
 
     def refuses_json(self, error: Exception) -> bool:
-        return "JSON" in str(error)  # "JSON cannot hold BLOB values", "malformed JSON"
+        # "JSON cannot hold BLOB values", "malformed JSON"; "string or blob too big", of 1 GB.
+        return "JSON" in str(error) or "too big" in str(error)
 
     def open_rows(self, query: Any) -> Any:
         rows = super().open_rows(query)

@@ -1,0 +1,212 @@
+"""Statements that write on SQLite, those of one moment under one COMMIT: a group commit.
+
+What a COMMIT costs is the same for one statement as for fifty, and so is the way from the event
+loop to a thread and back. So the single statements that tasks of an event loop execute meanwhile
+share both. Each of them is still all or nothing and sees those before it, and none is answered
+before its COMMIT. What can't be done in this way, or not now, is left to the ordinary way.
+"""
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import Sequence
+from contextvars import Context, copy_context
+from typing import Any
+
+from .calls import Call, uninterrupted
+from .drivers import Returned
+from .exceptions import PoolClosed
+from .pool import Pool
+from .state import Lease, PeeweeConnectionState
+from .writers import Writers
+
+#: How many statements share a COMMIT.
+_MOST = 100
+
+
+class _Write:
+    """A statement, and what came of it: a cursor, an error or, if it wasn't executed, neither."""
+
+    __slots__ = ("begun", "context", "cursor", "ended", "error", "gone", "params", "sql")
+
+    def __init__(self, sql: str, params: Sequence[Any], ended: "asyncio.Future[None]") -> None:
+        self.sql = sql
+        self.params = params
+        self.context = copy_context()  # functions that SQL calls may look into it
+        self.begun = time.monotonic()
+        self.ended = ended
+        self.cursor: Returned | None = None
+        self.error: BaseException | None = None
+        #: Its task was cancelled.
+        self.gone = False
+
+    def execute(self, conn: sqlite3.Connection) -> None:
+        try:
+            self.cursor = Returned(self.context.run(conn.execute, self.sql, self.params))
+        except BaseException as error:
+            self.error = error
+
+    def undo(self, error: BaseException | None = None) -> None:
+        """It was rolled back. Without an error it is as if it hadn't been executed."""
+        self.cursor, self.error = None, error
+
+
+class GroupCommit:
+    """The writers of one event loop.
+
+    A task serves them while there are any: it has a thread wait for the turn to write, and then
+    execute what has come until then. A statement is in the queue until its thread has taken it.
+    """
+
+    def __init__(self, pool: Pool, state: PeeweeConnectionState, writers: Writers) -> None:
+        self._pool = pool
+        self._state = state
+        self._writers = writers
+        self._lock = threading.Lock()  # guards these two
+        self._queue: list[_Write] = []
+        self._batch: list[_Write] = []
+        # These two belong to the event loop.
+        self._call: Call | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def execute(self, sql: str, params: Sequence[Any]) -> Returned | None:
+        """Execute a statement that writes, outside of any block, and commit it.
+
+        Returns None, and has done nothing, if that can't be done here now. If it is cancelled, it
+        is over when `CancelledError` is raised.
+
+        Raises:
+            sqlite3.Error: and what else a driver raises.
+        """
+        write = _Write(sql, params, asyncio.get_running_loop().create_future())
+        with self._lock:
+            self._queue.append(write)
+        if self._serving is None:
+            self._serve()
+        try:
+            await write.ended
+        except asyncio.CancelledError:
+            await self._abandon(write)
+            raise
+        if write.error is not None:
+            raise write.error
+        return write.cursor
+
+    async def _abandon(self, write: _Write) -> None:
+        with self._lock:
+            if write in self._queue:
+                self._queue.remove(write)
+                return
+            if write not in self._batch:
+                return  # it had ended just then
+            write.gone = True
+            nobody_waits = all(one.gone for one in self._batch)
+        write.ended = asyncio.get_running_loop().create_future()  # the other one is cancelled
+        if nobody_waits and self._call is not None:
+            self._call.interrupt()
+        await uninterrupted(write.ended)
+
+    def _serve(self) -> None:
+        # A task begins when the loop has done what is ready now: so who writes in the same moment
+        # is in the first batch. It is no part of the request, or the block, of who came first.
+        serving = asyncio.get_running_loop().create_task(self._commit_all(), context=Context())
+        serving.add_done_callback(self._served)
+        self._serving = serving
+
+    def _served(self, _: "asyncio.Task[None]") -> None:
+        self._serving = None
+        if self._queue:  # whoever cancels all tasks has cancelled this one, too
+            self._serve()
+
+    async def _commit_all(self) -> None:
+        while self._queue:
+            try:
+                done = await self._commit()
+            finally:
+                ended, self._batch = self._batch, []
+                for write in ended:
+                    if not write.ended.done():
+                        write.ended.set_result(None)
+            if not done:
+                with self._lock:
+                    left, self._queue = self._queue, []
+                for write in left:
+                    write.ended.set_result(None)
+
+    async def _commit(self) -> bool:
+        """Have a thread write. Returns False if it can't be done now."""
+        try:
+            lease = self._pool.acquire_nowait()
+            if lease is None:
+                return False
+            call = Call(self._pool, self._state, lease, self._write, self._pool.give_back)
+        except (PoolClosed, RuntimeError):  # no thread could be started
+            return False
+        self._call = call
+        try:
+            await call.end()
+        except asyncio.CancelledError:  # by whoever cancels all tasks, the writers' as well
+            await uninterrupted(call.end())
+        finally:
+            self._call = None
+        return call.error is None
+
+    # In a thread, under a lease.
+
+    def _write(self) -> None:
+        with self._lock:
+            if not self._queue:
+                return
+            patience = self._queue[0].begun + self._writers.patience - time.monotonic()
+        try:
+            turn = self._writers.enter(patience)
+        except sqlite3.OperationalError as error:
+            self._refuse(error)
+            return
+        try:
+            with self._lock:
+                writes, self._queue = self._queue[:_MOST], self._queue[_MOST:]
+                self._batch = writes
+            lease = self._state.lease()
+            assert lease is not None
+            conn = lease.root.held.conn
+            if len(writes) == 1:
+                with self._pool.waiting(lease):
+                    writes[0].execute(conn)
+            elif writes:
+                self._write_together(conn, lease, writes)
+        finally:
+            turn.release()
+
+    def _refuse(self, error: sqlite3.OperationalError) -> None:
+        """Those whose patience is over; the first one's is."""
+        with self._lock:
+            late = time.monotonic() - self._writers.patience
+            count = sum(write.begun <= late for write in self._queue) or 1
+            self._batch, self._queue = self._queue[:count], self._queue[count:]
+            for write in self._batch:
+                write.error = error
+
+    def _write_together(self, conn: Any, lease: Lease, writes: list[_Write]) -> None:
+        try:
+            with self._pool.waiting(lease):
+                conn.execute("BEGIN IMMEDIATE")
+            for write in writes:
+                with self._pool.waiting(lease):
+                    write.execute(conn)
+                if not conn.in_transaction:
+                    # It has rolled everything back (ON CONFLICT ROLLBACK, an interruption, a full
+                    # disk), and the others are executed anew.
+                    for other in writes:
+                        if other is not write:
+                            other.undo()
+                    return
+            with self._pool.waiting(lease):
+                conn.execute("COMMIT")
+        except sqlite3.Error as error:
+            # A deferred foreign key is checked by COMMIT, which then commits nothing: alone, each
+            # will have an answer of its own. After any other error nobody knows.
+            refused = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CONSTRAINT
+            for write in writes:
+                write.undo(None if refused else error)
