@@ -372,6 +372,29 @@ async def test_when_all_connections_are_in_use(tmp_path: Path) -> None:
         await at_rest(db)
 
 
+async def test_who_is_cancelled_when_all_connections_are_in_use(tmp_path: Path) -> None:
+    """At whichever moment: the others of that moment have their answers, and nobody is left."""
+    async with connected(f"sqlite:///{tmp_path}/app.db", pool_size=1) as db:
+        note = await make(db)
+        async with db.connection_context():
+            await db.run(note.select().count)
+            others = []
+            for turns in range(8):
+                tasks = [
+                    asyncio.create_task(note.acreate(text=f"{turns} {name}"), context=Context())
+                    for name in "abc"
+                ]
+                others += [tasks[0], tasks[2]]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                tasks[1].cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await tasks[1]
+        await asyncio.gather(*others)
+        await at_rest(db)
+        assert sorted(texts(db)) == sorted(f"{turns} {name}" for turns in range(8) for name in "ac")
+
+
 async def test_a_pool_that_is_being_closed(db: Any, note: Any) -> None:
     """Who comes then learns it."""
     db.pool._gate.close()

@@ -125,14 +125,11 @@ class GroupCommit:
                 done = await self._commit()
             finally:
                 ended, self._batch = self._batch, []
-                for write in ended:
-                    if not write.ended.done():
-                        write.ended.set_result(None)
+                _answer(ended)
             if not done:
                 with self._lock:
                     left, self._queue = self._queue, []
-                for write in left:
-                    write.ended.set_result(None)
+                _answer(left)
 
     async def _commit(self) -> bool:
         """Have a thread write. Returns False if it can't be done now."""
@@ -210,3 +207,9 @@ class GroupCommit:
             refused = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CONSTRAINT
             for write in writes:
                 write.undo(None if refused else error)
+
+
+def _answer(writes: list[_Write]) -> None:
+    for write in writes:
+        if not write.ended.done():  # cancelled, and its task doesn't know it yet
+            write.ended.set_result(None)
