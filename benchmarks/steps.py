@@ -1,9 +1,10 @@
-"""``python -m benchmarks.steps URL``: where the time of one request goes, on PostgreSQL.
+"""``python -m benchmarks.steps [URL]``: where the time of a request goes, on SQLite or PostgreSQL.
 
 Microseconds of this process's processor time for each step of reading one user with its items and
 of creating an item, and for whole requests without a socket, ten at a time, beside those of an
 application that asks no database. The best of some runs: what is between them is other work of the
-machine's. The tables are made in the database that the URL names, and dropped.
+machine's. The tables are made in the database that the URL names, and dropped; without a URL, in a
+SQLite file of its own.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peewee
@@ -23,7 +25,6 @@ from rich.table import Table
 from starlette.types import Message
 
 from fastapi_peewee import Peewee, connect, param, prepared, single
-from fastapi_peewee.libpq import Cursor, Statements
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.shapes import shape_of
 
@@ -157,12 +158,10 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
         await db.run(plans.load, query)
         await db.run(plans.load, read(user_id=1))
         await item.acreate(title="a", owner=2)
-    lease = await db.pool.acquire()
-    await asyncio.to_thread(db.pool.connect, lease)
-    statements: Statements = lease.held.statements
     found_one = read(user_id=1).find(db)
     assert found_one is not None
     compiled, params = found_one
+    select = compiled.sql, [*compiled.params, *params]
 
     note(
         "reading: the query, made by the endpoint",
@@ -170,27 +169,29 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
     )
     note("… its SQL, by its shape", microseconds(lambda: plans._find(db, shape_of(query))))
     note("… or both, of a prepared query", microseconds(lambda: read(user_id=1).find(db)))
-    note(
-        "the statement, sent and received",
-        await amicroseconds(lambda: statements.arun(compiled.sql, [*compiled.params, *params])),
-    )
+    note("the statement, with its answer", await amicroseconds(partial(db.aread_texts, *select)))
     note("writing: an instance", microseconds(lambda: item(title="a", owner=2)))
     made = item(title="a", owner=2)
     save = partial(made.save, force_insert=True)
     insert = single.query_of(save)
     note("… its INSERT", microseconds(lambda: single.query_of(save)))
     note("… the SQL of that", microseconds(lambda: db._sql_cache.statement(insert)))
-    sql, values = db._sql_cache.statement(insert)
-    note(
-        "the statement, sent and received, committed",
-        await amicroseconds(lambda: statements.arun(sql, values)),
-    )
-    result = await statements.arun(sql, values)
+    statement = db._sql_cache.statement(insert)
+
+    async def execute() -> Any:
+        cursor = await db.aexecute_compiled(*statement)
+        assert cursor is not None  # which would be: not in this way now
+        return cursor
+
+    for name, at_once in ("the statement, committed", 1), ("… of ten at a time", _AT_ONCE):
+        # What wasn't used for a second isn't used without asking, and none is opened here.
+        await asyncio.gather(*(db.run(time.sleep, 0.02) for _ in range(_AT_ONCE)))
+        note(name, await amicroseconds(execute, at_once))
+    cursor = await execute()
     note(
         "… and what Peewee makes of its result",
-        microseconds(lambda: single.with_result(save, Cursor.of(statements, result))),
+        microseconds(lambda: single.with_result(save, cursor.again())),
     )
-    db.pool.give_back(lease)
 
     def lend() -> None:
         try:
@@ -212,8 +213,8 @@ async def requests(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
         "a request that creates, without a database": (
             control, "POST", "/users/2/items", {"title": "a"}
         ),
-        "the same, created on the event loop": (ours, "POST", "/users/2/items", {"title": "a"}),
-        "the same, created in a thread": (ours, "POST", "/def/2/items", {"title": "a"}),
+        "the same, created with acreate": (ours, "POST", "/users/2/items", {"title": "a"}),
+        "the same, created in a def endpoint": (ours, "POST", "/def/2/items", {"title": "a"}),
     }  # fmt: skip
     for app, *rest in ways.values():  # plans, caches and connections
         await amicroseconds(partial(ask, app, *rest), _AT_ONCE)
@@ -237,8 +238,10 @@ async def measure(url: str) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
-    parser.add_argument("url", metavar="URL", help="postgresql://me@db.example/mine")
-    Console().print(asyncio.run(measure(parser.parse_args().url)))
+    parser.add_argument("url", metavar="URL", nargs="?", help="postgresql://me@db.example/mine")
+    with TemporaryDirectory() as folder:
+        url = parser.parse_args().url or f"sqlite:///{folder}/steps.db?inline_reads=0.1"
+        Console().print(asyncio.run(measure(url)))
 
 
 if __name__ == "__main__":

@@ -129,11 +129,12 @@ def test_the_steps_of_a_request(
     """`python -m benchmarks.steps` says what each step of a request costs, and leaves no table."""
     monkeypatch.setattr(steps, "_RUNS", 1)
     monkeypatch.setattr(steps, "_CALLS", 20)
-    monkeypatch.setattr(sys, "argv", ["steps", postgres_url])
-    steps.main()
-    output = capsys.readouterr().out
-    for words in ("a prepared query", "the statement", "a lease", "created in a thread"):
-        assert words in output
+    for url in ([], [postgres_url]):
+        monkeypatch.setattr(sys, "argv", ["steps", *url])
+        steps.main()
+        output = capsys.readouterr().out
+        for words in ("a prepared query", "of ten at a time", "a lease", "in a def endpoint"):
+            assert words in output
     with closing(plain_database(postgres_url)) as db:
         assert db.get_tables() == []
 

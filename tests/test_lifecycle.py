@@ -30,6 +30,20 @@ from fastapi_peewee.state import RequestScope
 from tests.apps import client, connected, make_app
 
 
+async def answer(db: Database, app: FastAPI, waiting: int) -> Any:
+    """What is answered if so many wait for a connection before they have one, of a pool of two."""
+    taken = [await db.pool.acquire(), await db.pool.acquire()]
+    async with client(app) as http:
+        asked = asyncio.create_task(http.get("/"))
+        while db.pool_stats.waiting < waiting:
+            await asyncio.sleep(0.001)
+        for lease in taken:
+            db.pool.give_back(lease)
+        response = await asked
+    assert db.pool_stats.in_use == 0
+    return response.json()
+
+
 async def test_tasks_of_a_request_that_hold_its_connection_at_once_hold_one(
     database_url: str,
 ) -> None:
@@ -43,15 +57,7 @@ async def test_tasks_of_a_request_that_hold_its_connection_at_once_hold_one(
             await asyncio.gather(*(extension.get_db() for _ in range(3)))
             return db.pool_stats.in_use
 
-        taken = [await db.pool.acquire(), await db.pool.acquire()]
-        async with client(app) as http:
-            asked = asyncio.create_task(http.get("/"))
-            while db.pool_stats.waiting < 3:
-                await asyncio.sleep(0)
-            for lease in taken:
-                db.pool.give_back(lease)
-            assert (await asked).json() == 1
-        assert db.pool_stats.in_use == 0
+        assert await answer(db, app, waiting=3) == 1
 
 
 async def test_threads_of_a_request_that_hold_its_connection_at_once_hold_one(
@@ -75,15 +81,7 @@ async def test_threads_of_a_request_that_hold_its_connection_at_once_hold_one(
                 held = [threads.submit(copy_context().run, hold) for _ in range(2)]
                 return [each.result() for each in held]
 
-        taken = [await db.pool.acquire(), await db.pool.acquire()]
-        async with client(app) as http:
-            asked = asyncio.create_task(http.get("/"))
-            while db.pool_stats.waiting < 2:
-                await asyncio.sleep(0.001)
-            for lease in taken:
-                db.pool.give_back(lease)
-            assert (await asked).json() == [1, 1]
-        assert db.pool_stats.in_use == 0
+        assert await answer(db, app, waiting=2) == [1, 1]
 
 
 async def test_what_a_thread_gives_back_as_its_request_ends_is_given_back_once(

@@ -44,9 +44,8 @@ def db(database_url: str) -> Iterator[Any]:
         yield db
 
 
-@pytest.fixture
-def models(db: Any) -> SimpleNamespace:
-    """Ada owns b (1) and a (2), Bob c (3), Eve nothing; the tags of b are y and x."""
+def staff(db: Any) -> tuple[Any, Any]:
+    """Users who have a boss, and own items."""
 
     class User(db.Model):
         name = peewee.CharField()
@@ -55,6 +54,14 @@ def models(db: Any) -> SimpleNamespace:
     class Item(db.Model):
         title = peewee.CharField()
         owner = peewee.ForeignKeyField(User, backref="items")
+
+    return User, Item
+
+
+@pytest.fixture
+def models(db: Any) -> SimpleNamespace:
+    """Ada owns b (1) and a (2), Bob c (3), Eve nothing; the tags of b are y and x."""
+    User, Item = staff(db)
 
     class Tag(db.Model):
         text = peewee.CharField()

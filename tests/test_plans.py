@@ -22,7 +22,7 @@ from fastapi_peewee.response_types import Response
 from tests.apps import client, connected, make_app
 from tests.fidelity import connection
 from tests.shop import BareUserOut, ItemOut, UserOut
-from tests.test_loading import Counted, answer, read
+from tests.test_loading import Counted, answer, read, staff
 
 
 class Upper(BaseModel):
@@ -105,13 +105,7 @@ def models(db: Any) -> SimpleNamespace:
 
 
 def made(db: Any) -> SimpleNamespace:
-    class User(db.Model):
-        name = peewee.CharField()
-        boss = peewee.ForeignKeyField("self", null=True, backref="team")
-
-    class Item(db.Model):
-        title = peewee.CharField()
-        owner = peewee.ForeignKeyField(User, backref="items")
+    User, Item = staff(db)
 
     class Day(db.Model):
         day = peewee.DateField(formats=["%d.%m.%Y"])

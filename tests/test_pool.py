@@ -107,6 +107,12 @@ def pool(driver: Driver, clock: Clock) -> Iterator[Pool]:
             pool.give_back(lease)
 
 
+def of_one(driver: Driver, **options: Any) -> Pool:
+    """A pool of one connection."""
+    settings = {"size": 1, "timeout": LONG, "max_waiting": 1, "max_lifetime": 60}
+    return Pool(driver, **{**settings, **options})
+
+
 #: The leases of a test; those that it doesn't give back itself go back in the end.
 taken: list[Lease] = []
 
@@ -215,7 +221,7 @@ def test_a_failed_connection_attempt_gives_its_slot_back(
 
 async def test_waiting_is_bounded_in_time_and_in_number(driver: Driver) -> None:
     """Past `timeout` a caller gets `PoolTimeout`, past `max_waiting` `TooManyWaiting` at once."""
-    pool = Pool(driver, size=1, timeout=0.01, max_waiting=1, max_lifetime=60)
+    pool = of_one(driver, timeout=0.01)
     lease = await pool.acquire()
     with pytest.raises(PoolTimeout, match=r"0\.01 s; all 1 are in use"):
         await pool.acquire()
@@ -318,7 +324,7 @@ def test_a_connection_outlives_the_lease_that_was_dropped(driver: Driver) -> Non
 
     collected: list[int] = []
     driver.open_connection = lambda _: Conn()  # type: ignore[method-assign, return-value, assignment]
-    pool = Pool(driver, size=1, timeout=LONG, max_waiting=1, max_lifetime=60)
+    pool = of_one(driver)
     lease = pool.acquire_blocking()
     pool.connect(lease)
     with warnings.catch_warnings():
@@ -339,14 +345,7 @@ def test_a_lease_that_was_dropped_is_given_back_and_told(
 
     Here in a thread that one can look into; `test_leaks` has the collector's.
     """
-    pool = Pool(
-        driver,
-        size=1,
-        timeout=LONG,
-        max_waiting=1,
-        max_lifetime=60,
-        leak_detection_threshold=threshold,
-    )
+    pool = of_one(driver, leak_detection_threshold=threshold)
     lease = pool.acquire_blocking()
     pool.connect(lease)
     with pytest.warns(ResourceWarning, match="dropped without being given back") as warned:
@@ -511,7 +510,7 @@ async def test_who_has_waited_has_the_rest_of_the_time_to_connect(
 ) -> None:
     """Waiting for a slot and connecting together take no longer than `timeout`; who hasn't waited
     has all of `connect_timeout`."""
-    pool = Pool(driver, size=1, timeout=10, max_waiting=1, max_lifetime=60, clock=clock)
+    pool = of_one(driver, timeout=10, clock=clock)
     first = take(pool)
     assert driver.limit == driver.connect_timeout
     for waited, left in ((2, driver.connect_timeout), (7, 3), (10, 0.05)):
@@ -552,7 +551,7 @@ def test_who_had_hardly_any_time_says_nothing_about_the_database(
     driver: Driver, clock: Clock
 ) -> None:
     """An attempt that ends since its caller's time is over doesn't count as a failure."""
-    pool = Pool(driver, size=1, timeout=10, max_waiting=1, max_lifetime=60, clock=clock)
+    pool = of_one(driver, timeout=10, clock=clock)
 
     def silent(limit: float) -> int:
         clock.now += limit
@@ -571,16 +570,7 @@ def test_who_had_hardly_any_time_says_nothing_about_the_database(
 
 def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Clock) -> None:
     """Even if it looks alive: what was on its way may still come."""
-    pool = Pool(
-        driver,
-        size=1,
-        timeout=LONG,
-        max_waiting=1,
-        max_lifetime=60,
-        statement_timeout=1,
-        transaction_timeout=5,
-        clock=clock,
-    )
+    pool = of_one(driver, statement_timeout=1, transaction_timeout=5, clock=clock)
     assert pool._watchdog is not None
     lease = take(pool)
     with pool.waiting(lease):
@@ -608,4 +598,4 @@ def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Cloc
 def test_limits_are_checked(name: str, driver: Driver) -> None:
     """A limit of no time is a mistake, and said to be one."""
     with pytest.raises(ValueError, match=rf"{name} must be more than 0 seconds or None, got: 0"):
-        Pool(driver, size=1, timeout=1, max_waiting=1, max_lifetime=1, **{name: 0})  # type: ignore[arg-type]
+        of_one(driver, **{name: 0})
