@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from contextvars import Context, ContextVar  # an empty context: what runs in it is in no block
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_peewee import Database, PoolClosed, PoolTimeout
+from fastapi_peewee import Database, PoolClosed, PoolTimeout, TooManyWaiting
 from fastapi_peewee.group_commit import GroupCommit
 from tests.apps import back_to_rest, connected
 
@@ -83,13 +83,17 @@ def texts(db: Any) -> list[str]:
         return [text for (text,) in conn.execute("SELECT text FROM note ORDER BY id")]
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
 async def at_rest(db: Any) -> None:
     await back_to_rest(db)
     gate = db._writers._gate
     assert (gate.held, gate.waiting) == (0, 0)
-    async with asyncio.timeout(1):
-        while any(group._serving for group in db._groups.values()):
-            await asyncio.sleep(0.001)
+    await until(lambda: not any(group._serving for group in db._groups.values()))
     for group in db._groups.values():
         assert (group._queue, group._batch, group._call) == ([], [], None)
 
@@ -144,9 +148,7 @@ async def test_who_comes_meanwhile_is_in_the_next_one(
 ) -> None:
     """What comes while a COMMIT is under way doesn't wait for another moment."""
     first = [asyncio.create_task(note.acreate(text=text)) for text in "ab"]
-    async with asyncio.timeout(10):
-        while not batches:
-            await asyncio.sleep(0)
+    await until(lambda: batches)
     await create_all(note, *"cd")
     await asyncio.gather(*first)
     assert batches == [["a", "b"], ["c", "d"]]
@@ -212,6 +214,77 @@ async def test_a_full_disk(tmp_path: Path) -> None:
         await at_rest(db)
 
 
+class Failing:
+    """A connection whose COMMIT fails."""
+
+    def __init__(self, conn: Any, error: BaseException) -> None:
+        self._conn = conn
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._conn, name)
+
+    def execute(self, sql: str, *params: Any) -> Any:
+        if sql == "COMMIT":
+            raise self._error
+        return self._conn.execute(sql, *params)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), sqlite3.ProgrammingError("Cannot operate on a closed database.")]
+)
+async def test_a_commit_that_fails_otherwise(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Whatever COMMIT raises, nobody is told that something was committed."""
+    together = GroupCommit._write_together
+    monkeypatch.setattr(
+        GroupCommit,
+        "_write_together",
+        lambda self, conn, *args: together(self, Failing(conn, error), *args),
+    )
+    made = await create_all(note, *"ab")
+    assert all(isinstance(each, BaseException) for each in made)
+    assert {str(each) for each in made} == {str(error)}
+    assert texts(db) == []
+    await at_rest(db)
+
+
+async def test_an_error_in_the_thread(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug of ours is everybody's error, and no success."""
+
+    def fail(self: Any, conn: Any, lease: Any, writes: list[Any]) -> None:
+        for write in writes:
+            write.execute(conn)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(GroupCommit, "_write_together", fail)
+    assert {type(each) for each in await create_all(note, *"ab")} == {ZeroDivisionError}
+    await at_rest(db)
+
+
+async def test_what_is_refused_while_another_error_is_handled(db: Database, note: Any) -> None:
+    """The error that the caller is handling isn't taken for the driver's."""
+    await note.acreate(text="a")
+    for create in (note.acreate, lambda **values: db.run(lambda: _handling(note.create, **values))):
+        try:
+            "\ud800".encode()
+        except UnicodeEncodeError:
+            with pytest.raises(peewee.IntegrityError):
+                await create(text="a")
+            with pytest.raises(peewee.DataError):
+                await create(text="\ud800")
+
+
+def _handling(fn: Any, **values: Any) -> None:
+    try:
+        "\ud800".encode()
+    except UnicodeEncodeError:
+        fn(**values)
+
+
 # Cancellation
 
 
@@ -221,8 +294,7 @@ async def test_who_is_cancelled_in_the_queue_writes_nothing(
     """Before its turn a statement is dropped at once; those beside it are executed."""
     async with db.atomic():
         tasks = [asyncio.create_task(note.acreate(text=text), context=Context()) for text in "abc"]
-        while db._writers._gate.waiting < 1:
-            await asyncio.sleep(0.001)
+        await until(lambda: db._writers._gate.waiting)
         tasks[1].cancel()
         with pytest.raises(asyncio.CancelledError):
             await tasks[1]
@@ -273,9 +345,7 @@ async def test_when_all_are_cancelled_it_is_interrupted(
 
 async def _begun(db: Any) -> None:
     """Wait until a thread has taken statements, which have to last."""
-    async with asyncio.timeout(10):
-        while not any(group._batch for group in db._groups.values()):
-            await asyncio.sleep(0.001)
+    await until(lambda: any(group._batch for group in db._groups.values()))
 
 
 async def test_one_of_those_who_wait_for_a_long_statement(db: Database, note: Any) -> None:
@@ -416,7 +486,70 @@ async def test_a_statement_beyond_its_limit(tmp_path: Path) -> None:
         await at_rest(db)
 
 
+async def test_patience_of_those_behind_one_who_is_cancelled(db: Any, note: Any) -> None:
+    """When the time of one who has gone is over, that of the others isn't."""
+    db._writers.patience = 0.4
+    async with db.atomic():
+        first = asyncio.create_task(note.acreate(text="first"), context=Context())
+        await asyncio.sleep(0.25)
+        second = asyncio.create_task(note.acreate(text="second"), context=Context())
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0.25)
+        assert not second.done()
+    assert (await second).text == "second"
+    assert texts(db) == ["second"]
+    await at_rest(db)
+
+
+async def test_not_more_than_max_waiting_wait(tmp_path: Path) -> None:
+    """They are counted among the pool's, and those beyond go the ordinary way, which ends, too."""
+    url = f"sqlite:///{tmp_path}/app.db"
+    async with connected(url, pool_size=3, max_waiting=5) as db:
+        note = await make(db)
+        async with db.atomic():
+            tasks = []
+            for number in range(40):
+                create = note.acreate(text=str(number))
+                tasks.append(asyncio.create_task(create, context=Context()))
+                if number == 4:
+                    await until(lambda: db._writers._gate.waiting)
+                    assert db.pool_stats.waiting == 5
+            await until(lambda: sum(task.done() for task in tasks) == 40 - 5 - 1 - 5)
+            assert db.pool_stats.waiting == 10  # in either queue; one has the connection
+            refused = [task for task in tasks if task.done()]
+            assert {type(task.exception()) for task in refused} == {TooManyWaiting}
+        await asyncio.gather(*(task for task in tasks if task not in refused))
+        assert len(texts(db)) == 11
+        await at_rest(db)
+
+
 # Surroundings
+
+
+async def test_functions_that_sql_calls_may_query(db: Any) -> None:
+    """On the same connection, in the transaction: they see what those before have written."""
+    note = await make(db)
+    db.register_function(lambda: note.select().count(), "how_many", 0)
+    await db.aexecute_sql(
+        "CREATE TRIGGER counts AFTER INSERT ON note BEGIN"
+        " UPDATE note SET text = text || how_many() WHERE id = new.id; END"
+    )
+    await create_all(note, *"abc")
+    await note.acreate(text="d")
+    assert texts(db) == ["a1", "b2", "c3", "d4"]
+    await at_rest(db)
+
+
+async def test_attached_files_are_not_locked(tmp_path: Path, db: Any, note: Any) -> None:
+    """A transaction would lock them as well, so each statement is executed alone."""
+    db.attach(str(tmp_path / "other.db"), "other")
+    await db.run(note.select().count)
+    with closing(sqlite3.connect(tmp_path / "other.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        await create_all(note, *"abc")
+        other.execute("ROLLBACK")
+    assert sorted(texts(db)) == ["a", "b", "c"]
 
 
 async def test_functions_that_sql_calls_see_the_context_of_their_request(db: Any) -> None:

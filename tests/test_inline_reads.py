@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from fastapi_peewee import Database, InTransaction, connect
+from fastapi_peewee import Database, DatabaseUnavailable, InTransaction, connect
 from fastapi_peewee import inline as inline_module
 from fastapi_peewee.inline import InlineReader
 from tests.apps import client, connected, make_app
@@ -293,3 +293,42 @@ def test_two_may_close_it_at_once(database_file: str) -> None:
     inline.close()
     inline.close()
     assert not inline.ready
+
+
+async def test_a_file_that_cannot_be_opened_is_the_pools_error(tmp_path: Path) -> None:
+    """The one that all get who ask for a connection: 503, and asked for again after a pause."""
+    async with connected(f"sqlite:///{tmp_path}/no/such/folder.db", inline_reads=LONG) as db:
+
+        class Number(db.Model):
+            value = peewee.IntegerField()
+
+        for _ in range(3):
+            with pytest.raises(DatabaseUnavailable):
+                await Number.aget_or_none(Number.value == 1)
+
+
+async def test_single_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`aget` and its like are read on the event loop, and see what was written just before."""
+    threads: list[Any] = []
+    call = Database.call
+
+    def noting(self: Database, *args: Any) -> Any:
+        threads.append(args)
+        return call(self, *args)
+
+    monkeypatch.setattr(Database, "call", noting)
+    async with connected(f"sqlite:///{tmp_path}/a.db", inline_reads=LONG) as db:
+
+        class Number(db.Model):
+            value = peewee.IntegerField()
+
+        await db.acreate_tables([Number])
+        for value in range(5):
+            made = await Number.acreate(value=value)
+            threads.clear()
+            assert (await Number.aget(Number.value == value)).id == made.id
+            assert (await Number.aget_by_id(made.id)).value == value
+            assert await Number.aget_or_none(Number.value == -1) is None
+            with pytest.raises(Number.DoesNotExist):
+                await Number.aget_by_id(99)
+        assert not threads

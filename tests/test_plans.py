@@ -1,6 +1,7 @@
 """Why a query isn't answered by the database alone; it is answered all the same."""
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from datetime import date
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import peewee
 import pytest
 from fastapi.exceptions import ResponseValidationError
 from peewee import fn
-from pydantic import AliasPath, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, create_model, field_validator
 from pydantic_core import core_schema
 from typing_extensions import TypeAliasType
 
@@ -307,6 +308,61 @@ async def test_json_that_turns_out_not_to_be_built_is_read_in_a_thread(
 
         monkeypatch.setattr(db, "aread_texts", refuse)
         assert await plans.aload(query) is None
+
+
+def test_a_list_longer_than_sqlite_can_hold_is_read_row_by_row(
+    db: Any, models: SimpleNamespace
+) -> None:
+    """A text of SQLite's ends at 1 GB: the rows of a longer list are read instead."""
+    conn: sqlite3.Connection = db.connection()
+    conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1000)
+    for _ in range(100):
+        models.User.create(name="Eve")
+    plans = Plans(list[BareUserOut])
+    query = models.User.select().order_by(models.User.id)
+    assert plans.plan(query).kind == "json"
+    assert len(read(plans.load(query), plans)) == 102
+
+
+@pytest.mark.parametrize("links", ["llloool", "lllllll", "llllllllll"])
+def test_a_list_too_deep_to_be_one_text_is_read_row_by_row(db: Any, links: str) -> None:
+    """A parser has an end. Where one level more is too much for SQLite's (3.40 has room for the
+    first of these row by row, and for no more), the list is made here.
+
+    The links from one model to the next are lists or foreign keys to one.
+    """
+    models: list[Any] = [None] * (len(links) + 1)
+
+    def made(depth: int) -> Any:
+        if models[depth] is None:
+            fields = {}
+            if links[depth:].startswith("o"):
+                fields["below"] = peewee.ForeignKeyField(made(depth + 1), null=True)
+            if depth and links[depth - 1] == "l":
+                fields["up"] = peewee.ForeignKeyField(made(depth - 1), backref="below")
+            models[depth] = type(f"Level{depth}", (db.Model,), fields)
+        return models[depth]
+
+    db.create_tables([made(depth) for depth in range(len(models))])
+    db.execute_sql("PRAGMA foreign_keys = 0")  # some refer to rows that are made later
+    schema: Any = None
+    expected: Any = None
+    for depth in reversed(range(len(models))):
+        values = {}
+        fields: dict[str, Any] = {"id": (int, ...)}
+        if schema is not None and links[depth] == "o":
+            values["below"], fields["below"] = 1, (schema, ...)
+        elif schema is not None:
+            fields["below"], expected = (list[schema], ...), [expected]
+        if depth and links[depth - 1] == "l":
+            values["up"] = 1
+        models[depth].create(**values)
+        expected = {"id": 1} if expected is None else {"id": 1, "below": expected}
+        schema = create_model(f"Level{depth}Out", **fields)
+    plans = Plans(list[schema])
+    assert read(plans.load(models[0].select()), plans) == [expected]
+    [[streamed]] = plans.plan(models[0].select()).stream(db, 10)
+    assert json.loads(streamed.removeprefix(b"[").removesuffix(b"]")) == expected
 
 
 def test_a_null_in_place_of_json_is_no_answer() -> None:

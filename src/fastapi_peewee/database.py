@@ -45,10 +45,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 #: What Python makes of a value that can't be sent.
-_UNSENDABLE = OverflowError, UnicodeEncodeError
+UNSENDABLE = OverflowError, UnicodeEncodeError
 
 #: The errors that `raise_refused()` is for.
-REFUSED = peewee.DatabaseError, *_UNSENDABLE
+REFUSED = peewee.DatabaseError, *UNSENDABLE
 
 
 class Database(AsyncNames, Reads):
@@ -356,8 +356,11 @@ class Database(AsyncNames, Reads):
         # What can't be sent, a lone surrogate or (SQLite) an integer of more than 64 bits, Peewee
         # lets through; SQLite's driver may hide it behind the connection's last error.
         found = getattr(error, "orig", error)
-        for unsendable in (found, found.__context__):
-            if isinstance(unsendable, _UNSENDABLE):
+        hidden = found.__context__
+        if hidden is not None and hidden.__traceback__ is not None:
+            hidden = None  # what the caller was handling, and none that the driver has just made
+        for unsendable in (found, hidden):
+            if isinstance(unsendable, UNSENDABLE):
                 refused = peewee.DataError(unsendable)
         refused.statement = (self, sql, params)  # for who tells which field was refused
         if refused is error:

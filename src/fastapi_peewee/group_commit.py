@@ -11,10 +11,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from contextvars import Context, copy_context
 from typing import Any
 
 from .calls import Call, uninterrupted
+from .database import UNSENDABLE
 from .drivers import Returned
 from .exceptions import PoolClosed
 from .pool import Pool
@@ -45,7 +47,8 @@ class _Write:
         try:
             self.cursor = Returned(self.context.run(conn.execute, self.sql, self.params))
         except BaseException as error:
-            self.error = error
+            hidden = error.__context__  # see `Database.raise_refused()`; it is lost in the task
+            self.error = hidden if isinstance(hidden, UNSENDABLE) else error
 
     def undo(self, error: BaseException | None = None) -> None:
         """It was rolled back. Without an error it is as if it hadn't been executed."""
@@ -70,16 +73,22 @@ class GroupCommit:
         self._call: Call | None = None
         self._serving: asyncio.Task[None] | None = None
 
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
     async def execute(self, sql: str, params: Sequence[Any]) -> Returned | None:
         """Execute a statement that writes, outside of any block, and commit it.
 
-        Returns None, and has done nothing, if that can't be done here now. If it is cancelled, it
-        is over when `CancelledError` is raised.
+        Returns None, and has done nothing, if that can't be done here now, as when `max_waiting`
+        others wait. If it is cancelled, it is over when `CancelledError` is raised.
 
         Raises:
             sqlite3.Error: and what else a driver raises.
         """
         write = _Write(sql, params, asyncio.get_running_loop().create_future())
+        if len(self._queue) >= self._pool.max_waiting:
+            return None
         with self._lock:
             self._queue.append(write)
         if self._serving is None:
@@ -147,7 +156,11 @@ class GroupCommit:
             await uninterrupted(call.end())
         finally:
             self._call = None
-        return call.error is None
+        if call.error is None:
+            return True
+        for write in self._batch:
+            write.undo(call.error)
+        return False
 
     # In a thread, under a lease.
 
@@ -155,11 +168,12 @@ class GroupCommit:
         with self._lock:
             if not self._queue:
                 return
-            patience = self._queue[0].begun + self._writers.patience - time.monotonic()
+            first = self._queue[0]
+        patience = first.begun + self._writers.patience - time.monotonic()
         try:
             turn = self._writers.enter(patience)
         except sqlite3.OperationalError as error:
-            self._refuse(error)
+            self._refuse(first, error)
             return
         try:
             with self._lock:
@@ -167,6 +181,10 @@ class GroupCommit:
                 self._batch = writes
             lease = self._state.lease()
             assert lease is not None
+            for (
+                write
+            ) in writes:  # where SQL calls a function that queries, it is on this connection
+                write.context.run(self._state.bind, lease)
             conn = lease.root.held.conn
             if len(writes) == 1:
                 with self._pool.waiting(lease):
@@ -176,12 +194,12 @@ class GroupCommit:
         finally:
             turn.release()
 
-    def _refuse(self, error: sqlite3.OperationalError) -> None:
-        """Those whose patience is over; the first one's is."""
+    def _refuse(self, first: _Write, error: sqlite3.OperationalError) -> None:
+        """Those whose patience is over, as that of this one is, if it is still there."""
+        late = max(time.monotonic() - self._writers.patience, first.begun)
         with self._lock:
-            late = time.monotonic() - self._writers.patience
-            count = sum(write.begun <= late for write in self._queue) or 1
-            self._batch, self._queue = self._queue[:count], self._queue[count:]
+            self._batch = [write for write in self._queue if write.begun <= late]
+            del self._queue[: len(self._batch)]
             for write in self._batch:
                 write.error = error
 
@@ -201,10 +219,11 @@ class GroupCommit:
                     return
             with self._pool.waiting(lease):
                 conn.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:
             # A deferred foreign key is checked by COMMIT, which then commits nothing: alone, each
             # will have an answer of its own. After any other error nobody knows.
-            refused = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CONSTRAINT
+            code = getattr(error, "sqlite_errorcode", 0)
+            refused = code & 0xFF == sqlite3.SQLITE_CONSTRAINT
             for write in writes:
                 write.undo(None if refused else error)
 
@@ -212,4 +231,5 @@ class GroupCommit:
 def _answer(writes: list[_Write]) -> None:
     for write in writes:
         if not write.ended.done():  # cancelled, and its task doesn't know it yet
-            write.ended.set_result(None)
+            with suppress(RuntimeError):  # its loop is closed
+                write.ended.set_result(None)

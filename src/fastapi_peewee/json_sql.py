@@ -245,9 +245,9 @@ class JsonSql:
         """
         raise NotImplementedError
 
-    def listed(self, before: str) -> str | None:
-        """The text before the query if all rows are to be one text, the list of them. None: that is
-        no faster, or not always possible.
+    def listed(self, tree: Tree, narrowed: Narrowed, before: str, after: str) -> str | None:
+        """What goes before the query, instead of what `around()` has given, if all rows are to be
+        one text, the list of them. None: that is no faster, or not possible.
         """
         return None
 
@@ -339,12 +339,13 @@ class _Wrapping(JsonSql):
 
     def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
         before, after = f"SELECT {self._object(tree, narrowed, _SOURCE)} FROM (", f") {_SOURCE}"
-        if tree.levels > _SURELY_PARSED:
-            self._try(before, narrowed, after)
+        self._check_depth(tree, narrowed, before, after)
         return before, after
 
-    def _try(self, before: str, narrowed: Narrowed, after: str) -> None:
-        """Have it parsed, around another query: the caller's may lack its values."""
+    def _check_depth(self, tree: Tree, narrowed: Narrowed, before: str, after: str) -> None:
+        """Have it parsed, if it is deep, around another query: the caller's may lack its values."""
+        if tree.levels <= _SURELY_PARSED:
+            return
         columns = ", ".join(f"NULL AS {self._quote(name)}" for name in narrowed.names)
         try:
             with translate_driver_errors, closing(self.db.cursor()) as cursor:
@@ -389,9 +390,14 @@ class SqliteJson(_Wrapping):
     most_pairs = 60  # a function has at most 127 arguments
     no_rows = "json_array()"
 
-    def listed(self, before: str) -> str:
+    def listed(self, tree: Tree, narrowed: Narrowed, before: str, after: str) -> str | None:
         value = before.removeprefix("SELECT ").removesuffix(" FROM (")
-        return f"SELECT {self.aggregate.format(value)} FROM ("
+        listed = f"SELECT {self.aggregate.format(value)} FROM ("
+        try:
+            self._check_depth(tree, narrowed, listed, after)
+        except NoJson:
+            return None
+        return listed
 
     def _literal(self, text: str) -> str:
         return text

@@ -83,8 +83,8 @@ class JsonPlan(Plan):
         super().__init__(response)
         self._rows = RowPlan(response, tree, narrowed, "the database couldn't build the JSON")
         sql = writer(db)(db, by_alias)
-        self._before, self._after = sql.around(tree, narrowed)
-        self._before_list = sql.listed(self._before) if response.many else None
+        self._before, self._after = around = sql.around(tree, narrowed)
+        self._before_list = sql.listed(tree, narrowed, *around) if response.many else None
         self._params = sql.params
         self._query = sql.inner(narrowed.query)
 

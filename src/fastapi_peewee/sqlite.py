@@ -17,6 +17,7 @@ from .drivers import ISOLATION_LEVELS, Returned, cause_of, isolation
 from .group_commit import GroupCommit
 from .inline import InlineReader
 from .outcomes import READS
+from .pool import PoolStats
 from .reads import encoded
 from .state import Lease, translate_driver_errors
 from .writers import Writers
@@ -169,15 +170,28 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             return None
         if READS.match(sql) is not None:
             return await self._read_inline(sql, params)
+        if self._attached:  # a transaction would lock those files, too
+            return None
+        try:
+            with translate_driver_errors:
+                return await self._group().execute(sql, params)
+        except REFUSED as error:
+            self.raise_refused(error, sql, params)
+
+    def _group(self) -> GroupCommit:
         loop = asyncio.get_running_loop()
         group = self._groups.get(loop)
         if group is None:
+            for other in [other for other in self._groups if other.is_closed()]:
+                del self._groups[other]  # one that was closed while it wrote is kept by its task
             group = self._groups[loop] = GroupCommit(self.pool, self._state, self._writers)
-        try:
-            with translate_driver_errors:
-                return await group.execute(sql, params)
-        except REFUSED as error:
-            self.raise_refused(error, sql, params)
+        return group
+
+    @property
+    def pool_stats(self) -> PoolStats:
+        stats = super().pool_stats
+        writers = sum(group.waiting for group in list(self._groups.values()))
+        return stats._replace(waiting=stats.waiting + writers)
 
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
         if self._state.lease() is not None or self.watched:
@@ -190,7 +204,10 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if inline is None:
             return None
         if not inline.ready:
-            await asyncio.to_thread(inline.open)
+            try:
+                await asyncio.to_thread(inline.open)
+            except (peewee.DatabaseError, peewee.InterfaceError):  # the pool's error says more
+                return None
         return inline.read(sql, params)
 
     def close_all(self) -> None:
