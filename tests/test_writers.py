@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 import threading
 from collections.abc import AsyncIterator
 from contextvars import Context  # empty: a task in it isn't part of the block that starts it
@@ -140,6 +141,32 @@ async def test_rows_that_a_write_returns(db: Database, note: Any) -> None:
     assert await db.run(write) == [("a",), [("b",), ("c",)], ("d",), [], None, "text"]
     rows = await db.run(lambda: [r.text for r in note.insert(text="e").returning(note).execute()])
     assert rows == ["e"]
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [
+        lambda cursor: cursor.fetchone(),
+        lambda cursor: cursor.fetchmany(2),
+        lambda cursor: cursor.fetchall(),
+        next,
+    ],
+)
+async def test_errors_while_rows_are_fetched_are_peewees(db: Database, fetch: Any) -> None:
+    """SQLite reads as it is asked for rows, so that is when it may fail."""
+
+    def read() -> None:
+        cursor = db.execute_sql(ENDLESS)
+        assert cursor.fetchone() == (1,)
+        db.connection().interrupt()
+        with pytest.raises(peewee.OperationalError, match="interrupted") as failure:
+            fetch(cursor)
+        assert isinstance(failure.value.orig, sqlite3.OperationalError)
+
+    await db.run(read)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

@@ -107,7 +107,8 @@ class InlineReader:
             if conn is None:
                 return None
             self._deadline = self._clock() + self._limit
-            rows = Returned(conn.execute(sql, params))
+            # Its errors are looked at here: they are to be the driver's.
+            rows = Returned(conn.cursor(sqlite3.Cursor).execute(sql, params))
         except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
                 if len(self._avoided) >= _REMEMBERED:

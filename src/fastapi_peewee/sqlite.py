@@ -23,6 +23,35 @@ from .state import Lease, translate_driver_errors
 from .writers import Writers
 
 
+def _translating(name: str) -> Any:
+    fetch = getattr(sqlite3.Cursor, name)
+
+    def fetching(self: sqlite3.Cursor, *args: Any) -> Any:
+        try:
+            return fetch(self, *args)
+        except sqlite3.Error:
+            with translate_driver_errors:
+                raise
+
+    return fetching
+
+
+class _Cursor(sqlite3.Cursor):
+    """One whose errors are Peewee's also while rows are fetched, which is when SQLite reads them:
+    that it was interrupted, or that the disk is damaged. Peewee translates those of `execute()`.
+    """
+
+    fetchone = _translating("fetchone")
+    fetchmany = _translating("fetchmany")
+    fetchall = _translating("fetchall")
+    __next__ = _translating("__next__")
+
+
+class _Connection(sqlite3.Connection):
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return super().cursor(factory)
+
+
 class SqliteDatabase(Database, peewee.SqliteDatabase):
     """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
 
@@ -64,6 +93,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         else:
             defaults["journal_mode"] = "wal"
         kwargs.setdefault("check_same_thread", False)
+        kwargs.setdefault("factory", _Connection)
         kwargs.setdefault("timeout", self._busy_timeout)
         super().init(database, pragmas={**defaults, **given}, **kwargs)
 
