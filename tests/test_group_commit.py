@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastapi_peewee import Database, PoolClosed, PoolTimeout, TooManyWaiting
+from fastapi_peewee import Database, PoolClosed, PoolTimeout, TooManyWaiting, connect
 from fastapi_peewee.group_commit import GroupCommit
 from tests.apps import back_to_rest, connected
 
@@ -383,6 +383,63 @@ def test_an_event_loop_that_ends(tmp_path: Path) -> None:
             await at_rest(db)
 
     asyncio.run(main())
+
+
+async def test_whoever_serves_the_writers_may_be_cancelled(db: Any, note: Any) -> None:
+    """The task that does it is one of all tasks; those who wait have their answers all the same."""
+    tasks = [asyncio.create_task(note.acreate(text=text)) for text in ("a while", "b")]
+    await _begun(db)
+    [group] = db._groups.values()
+    group._serving.cancel()
+    later = asyncio.create_task(note.acreate(text="c"))
+    assert [(await task).text for task in (*tasks, later)] == ["a while", "b", "c"]
+    assert texts(db) == ["a while", "b", "c"]
+    await at_rest(db)
+
+
+def test_a_loop_that_is_closed_while_it_writes(tmp_path: Path) -> None:
+    """It is kept no longer than until another loop writes; its connection goes back."""
+    db: Any = connect(f"sqlite:///{tmp_path}/app.db")
+    notes: list[Any] = []
+
+    async def begin() -> None:
+        notes.append(await make(db))
+        asyncio.get_running_loop().create_task(notes[0].acreate(text="a while"))
+        await _begun(db)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    loop.set_exception_handler(lambda *_: None)  # "Task was destroyed but it is pending!"
+    loop.close()
+
+    async def write() -> None:
+        await notes[0].acreate(text="b")
+        await back_to_rest(db)
+        await db.close_pool()
+
+    asyncio.run(write())
+    assert loop not in db._groups
+    assert "b" in texts(db)
+
+
+async def test_temporary_tables_are_for_a_connection_of_their_own(db: Any, note: Any) -> None:
+    """What may be found by the next user of a connection isn't written together with others."""
+
+    class Draft(db.Model):
+        text = peewee.TextField()
+
+        class Meta:
+            schema = "temp"
+
+    def write() -> int:
+        db.create_tables([Draft], temporary=True)
+        for text in "abc":
+            Draft.create(text=text)
+        return Draft.select().count()
+
+    assert await db.run(write) == 3
+    with pytest.raises(peewee.OperationalError, match="no such table"):
+        await Draft.acreate(text="d")
 
 
 # Limits

@@ -92,7 +92,7 @@ async def test_parallel_calls_of_slowusers_all_succeed_and_leave_nothing_checked
         assert Counter(answer.status for answer in answers) == {200: calls}
         assert all(answer.json() == users for answer in answers)
         assert (stats.in_use, stats.waiting) == (0, 0)
-        assert stats.opened == 10
+        assert 1 <= stats.opened <= 10
         await check_at_rest(server, database_url, pool_size=10)
 
 
