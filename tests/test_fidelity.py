@@ -35,7 +35,7 @@ from tests.fidelity import (
 
 CASES = int(os.environ.get("FIDELITY_CASES", "550"))
 #: A soak goes on for as long as it takes.
-TIMEOUT = 120 if CASES < 2000 else 36_000
+TIMEOUT = 300 if CASES < 2000 else 36_000
 
 many_cases = settings(
     max_examples=CASES,

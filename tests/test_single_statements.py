@@ -224,6 +224,25 @@ async def test_a_default_value_that_asks_the_database(db: Database, asked: list[
     assert db.is_closed()  # the event loop's thread has no connection
 
 
+async def test_a_converter_that_asks_the_database(db: Database, asked: list[str]) -> None:
+    """A value that is made by SQL of its own is made in a thread, as ever."""
+
+    class Doubled(peewee.IntegerField):
+        def db_value(self, value: Any) -> Any:
+            return db.execute_sql("SELECT 2 * %s::integer", [value]).fetchone()[0]
+
+    class Note(db.Model):
+        number = Doubled()
+
+    await db.acreate_tables([Note])
+    for number in range(4):
+        made = await Note.acreate(number=number)
+        stored = await db.aexecute_sql("SELECT number FROM note WHERE id = %s", [made.id])
+        assert stored.fetchall() == [(2 * number,)]
+    assert not asked
+    await back_to_rest(db)
+
+
 async def test_what_asks_the_database_as_rows_are_read(
     db: Database, note: Any, asked: list[str]
 ) -> None:
