@@ -72,7 +72,7 @@ def kill_writers(
             acknowledged = _kill_while_it_writes(writer, ours, dice)
         _check_entries(url, first, acknowledged, kills)
         kills.cycles += 1
-        first = 1 + max(first, *map(abs, acknowledged), 0) + 20 * _CLIENTS
+        first = 1 + max([first, *map(abs, acknowledged)]) + 20 * _CLIENTS
         on_cycle(kills)
     return kills
 

@@ -435,11 +435,13 @@ class Database(AsyncNames, Reads):
         finally:
             await run_follow_ups(lease)
 
-    async def run_single(self, fn: Callable[[], T]) -> T:
-        """`await run(fn)`, for functions of Peewee's that execute one query and do nothing else
-        that waits: on the event loop, where the database can do that and no block is open.
+    async def run_single(self, fn: Callable[[], T], *, reads: bool) -> T:
+        """`await run(fn)`, for functions of Peewee's that execute one query, which reads or writes,
+        and do nothing else that waits: on the event loop, where the database can do that and no
+        block is open.
         """
-        if self.on_the_loop and self._state.lease() is None and not self.watched:
+        on_the_loop = self.reads_on_the_loop if reads else self.writes_on_the_loop
+        if on_the_loop and self._state.lease() is None and not self.watched:
             try:
                 query = single.query_of(fn)
                 compiled = partial(self._sql_cache.statement, query)

@@ -86,9 +86,9 @@ class GroupCommit:
         Raises:
             sqlite3.Error: and what else a driver raises.
         """
-        write = _Write(sql, params, asyncio.get_running_loop().create_future())
         if len(self._queue) >= self._pool.max_waiting:
             return None
+        write = _Write(sql, params, asyncio.get_running_loop().create_future())
         with self._lock:
             self._queue.append(write)
         if self._serving is None:
@@ -181,9 +181,8 @@ class GroupCommit:
                 self._batch = writes
             lease = self._state.lease()
             assert lease is not None
-            for (
-                write
-            ) in writes:  # where SQL calls a function that queries, it is on this connection
+            for write in writes:
+                # A function that SQL calls, and that queries, does so on this connection.
                 write.context.run(self._state.bind, lease)
             conn = lease.root.held.conn
             if len(writes) == 1:

@@ -32,17 +32,18 @@ _ONE = SQL("1")
 
 
 class Texts:
-    """The rows of a json plan, as the database sent them: one by one, or `listed` in one text."""
+    """What a json plan has read, as the database sent it: the rows of a list, which are `many`, or
+    one text, which is the whole answer; none, for the row that isn't there.
+    """
 
-    __slots__ = ("listed", "many", "texts")
+    __slots__ = ("many", "texts")
 
-    def __init__(self, texts: Sequence[bytes], many: bool, listed: bool) -> None:
+    def __init__(self, texts: Sequence[bytes], many: bool) -> None:
         self.texts = texts
         self.many = many
-        self.listed = listed
 
     def body(self) -> bytes:
-        if self.many and not self.listed:
+        if self.many:
             return b"[" + b",".join(self.texts) + b"]"
         return self.texts[0] if self.texts else b"null"
 
@@ -84,12 +85,15 @@ class JsonPlan(Plan):
         self._rows = RowPlan(response, tree, narrowed, "the database couldn't build the JSON")
         sql = writer(db)(db, by_alias)
         self._before, self._after = around = sql.around(tree, narrowed)
-        self._before_list = sql.listed(tree, narrowed, *around) if response.many else None
+        listed = sql.listed(tree, narrowed, *around) if response.many else None
+        # A stream needs the rows one by one.
+        self._before_all = listed or self._before
+        self._many = response.many and listed is None
         self._params = sql.params
         self._query = sql.inner(narrowed.query)
 
     def statement(self, db: Any) -> tuple[str, list[Any]]:
-        return self._statement(db, self._before_list or self._before)
+        return self._statement(db, self._before_all)
 
     def _statement(self, db: Any, before: str) -> tuple[str, list[Any]]:
         text, params = db.get_sql_context().parse(self._query)
@@ -97,8 +101,7 @@ class JsonPlan(Plan):
 
     def load(self, db: Any) -> Any:
         try:
-            listed = self._before_list is not None
-            return _run(db, *self.statement(db), self.response.many, listed)
+            return _run(db, *self.statement(db), self._many)
         except NotBuilt:
             return self._rows.load(db)
 
@@ -125,15 +128,14 @@ class JsonPlan(Plan):
         template = compile_template(self._query, shape, db)
         if template is None:
             return None
-        sql = (self._before_list or self._before) + template.sql + self._after
-        listed = self._before_list is not None
-        return Compiled(db, sql, self._params, template, self.response.many, listed)
+        sql = self._before_all + template.sql + self._after
+        return Compiled(db, sql, self._params, template, self._many)
 
 
-def _run(db: Any, sql: str, params: Sequence[Any], many: bool, listed: bool) -> Texts:
+def _run(db: Any, sql: str, params: Sequence[Any], many: bool) -> Texts:
     """Raises `NotBuilt` if the rows have to be read in another way."""
     with _refused_json(db), translate_driver_errors:
-        return Texts(db.read_texts(sql, params), many, listed)
+        return Texts(db.read_texts(sql, params), many)
 
 
 @contextmanager
@@ -157,12 +159,11 @@ class Compiled(NamedTuple):
     params: list[Any]
     template: Template
     many: bool
-    listed: bool
 
     def load(self, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
         all_params = [*self.params, *params] if self.params else params
-        return _run(self.db, self.sql, all_params, self.many, self.listed)
+        return _run(self.db, self.sql, all_params, self.many)
 
     async def aload(self, params: Sequence[Any]) -> Texts | None:
         """The same on the event loop; None where that can't be, or not now."""
@@ -172,7 +173,7 @@ class Compiled(NamedTuple):
                 texts = await self.db.aread_texts(self.sql, all_params)
         except NotBuilt:
             return None
-        return None if texts is None else Texts(texts, self.many, self.listed)
+        return None if texts is None else Texts(texts, self.many)
 
 
 class RowPlan(Plan):

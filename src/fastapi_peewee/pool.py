@@ -213,7 +213,11 @@ class Pool:
         return workers
 
     def acquire_nowait(self) -> Lease | None:
-        """The same as `acquire()`, if a slot is free and nobody waits for it; else None."""
+        """The same as `acquire()`, if a slot is free and nobody waits for it; else None.
+
+        Raises:
+            PoolClosed: the pool is being closed.
+        """
         gate = self._gate
         return self._lease(gate) if gate.acquire_nowait() else None
 

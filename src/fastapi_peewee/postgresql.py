@@ -69,7 +69,7 @@ def _statements(lease: Lease) -> Statements | None:
 class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     """PostgreSQL through psycopg 3, also where psycopg2 is installed."""
 
-    on_the_loop = True
+    reads_on_the_loop = writes_on_the_loop = True
 
     def init(self, database: str, **kwargs: Any) -> None:
         kwargs.setdefault("connect_timeout", 5)

@@ -86,8 +86,8 @@ class Reads(Outcomes):
         """The same on the event loop, without a thread; None where that can't be, or not now."""
         return None
 
-    #: Whether `aexecute_compiled()` may do something.
-    on_the_loop = False
+    #: Whether `aexecute_compiled()` may do something with statements that read, or that write.
+    reads_on_the_loop = writes_on_the_loop = False
 
     async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
         """Run one of Peewee's statements on the event loop, outside of any block. Returns a cursor

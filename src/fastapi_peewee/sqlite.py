@@ -55,7 +55,7 @@ class _Connection(sqlite3.Connection):
 class SqliteDatabase(Database, peewee.SqliteDatabase):
     """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
 
-    on_the_loop = True
+    writes_on_the_loop = True
 
     def __init__(
         self,
@@ -73,10 +73,11 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         kwargs.setdefault("lock_type", "IMMEDIATE")
         self._busy_timeout = busy_timeout
         self._writers = Writers(float(busy_timeout))
-        self._groups: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit]
-        self._groups = weakref.WeakKeyDictionary()
+        # No weak dictionary: looking through one isn't safe while other threads' loops are added.
+        self._groups: dict[asyncio.AbstractEventLoop, GroupCommit] = {}
         self._inline: InlineReader | None = None
-        if float(inline_reads):
+        self.reads_on_the_loop = bool(float(inline_reads))
+        if self.reads_on_the_loop:
             self._inline = InlineReader(self.open_connection, float(inline_reads))
         super().__init__(database, pragmas, **kwargs)
 
@@ -196,7 +197,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         conn.create_function("fastapi_peewee_float", 1, _json_float, deterministic=True)
 
     async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
-        if self.watched or self.taints(sql):
+        if self.taints(sql):
             return None
         if READS.match(sql) is not None:
             return await self._read_inline(sql, params)
@@ -212,8 +213,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         loop = asyncio.get_running_loop()
         group = self._groups.get(loop)
         if group is None:
-            for other in [other for other in self._groups if other.is_closed()]:
-                del self._groups[other]  # one that was closed while it wrote is kept by its task
+            for other in list(self._groups):
+                if other.is_closed():
+                    self._groups.pop(other, None)
             group = self._groups[loop] = GroupCommit(self.pool, self._state, self._writers)
         return group
 

@@ -55,7 +55,9 @@ async def _run_single(model: Any, method: str, *args: Any, **kwargs: Any) -> Any
     fn = partial(getattr(model, method), *args, **kwargs)
     db = _database(model)
     cls: Any = model if isinstance(model, type) else type(model)
-    return await (db.run_single(fn) if _is_single(cls, method) else db.run(fn))
+    if _is_single(cls, method):
+        return await db.run_single(fn, reads=method.startswith("get"))
+    return await db.run(fn)
 
 
 async def _run(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +77,7 @@ class AsyncModelMixin:
     @classmethod
     async def acreate(cls, **query: Any) -> Self:
         model: Any = cls
-        if not (_database(cls).on_the_loop and _is_single(model, "create")):
+        if not (_database(cls).writes_on_the_loop and _is_single(model, "create")):
             return await _run(cls, "create", **query)
         try:
             instance = without_queries(partial(cls, **query))
