@@ -87,6 +87,7 @@ WORKLOADS = {
             Request("/users/1/items/", {"title": "No description"}),
             Request("/users/1"),
             Request("/users/1001/items/", {"title": "Nobody’s"}),
+            Request("/users/1/items/", {"title": "Too large", "description": "a" * 2**16}),
         ),
     ),
 }

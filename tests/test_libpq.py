@@ -334,6 +334,19 @@ async def test_a_pooler_between(postgres_url: str, threads: list[str]) -> None:
         statements = await db.run(lambda: Statements(db.connection()))
         assert not statements.usable
 
+        class Note(db.Model):
+            text = peewee.TextField()
+
+        await db.acreate_tables([Note])
+        app = make(db, Note)
+        async with client(app) as http:
+            for path in ("loop", "thread") * 3:
+                note = await Note.acreate(text="a")
+                answer = (await http.get(f"/{path}/{note.id}")).json()
+                assert answer == {"id": note.id, "text": "a"}
+                assert (await db.run(Note.get_by_id, note.id)).text == "a"
+    assert threads == []
+
 
 async def test_an_event_loop_that_forgets_a_socket(
     db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +406,67 @@ async def test_what_a_socket_does_not_take_at_once(db: Database, note: Any) -> N
     assert column(found) == [b"20000000"]
     assert time.monotonic() - begun < 3  # in portions, one for each look at the socket, it's 15
     conn.watch.end()
+
+
+async def test_a_connection_that_breaks_while_a_statement_is_sent(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong while the rest of a statement is sent is the statement's error."""
+    conn = await db.run(db.connection)
+    with socket.socket(fileno=os.dup(conn.pgconn.socket)) as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    watch = Watch.of(conn)
+    send = watch.send
+
+    def lost() -> None:
+        with socket.socket(fileno=os.dup(conn.pgconn.socket)) as ours:
+            ours.shutdown(socket.SHUT_RDWR)
+        send()
+
+    monkeypatch.setattr(watch, "send", lost)
+    with pytest.raises(psycopg.OperationalError):
+        await Statements(conn).arun("SELECT length(%s)::text", ["x" * 20_000_000])
+    conn.close()
+
+
+async def test_a_server_with_much_to_say(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection on which more and more arrives, as notices, isn't taken for lost."""
+    conn = await db.run(db.connection)
+    monkeypatch.setattr("fastapi_peewee.postgresql.readable", lambda _: True)
+    assert db.is_open(conn)
+
+
+async def test_cursors_of_ones_own(db: Database, note: Any) -> None:
+    """What `db.execute(query)` returns is read as any cursor, also when its SQL is known."""
+
+    def read() -> list[Any]:
+        notes = note.select(note.id, note.text).order_by(note.id)
+        with db.atomic():
+            note.insert_many([{"text": "b"}, {"text": "c"}, {"text": "d"}]).execute()
+            rows = db.execute(notes).fetchall()
+            assert [*db.execute(notes)] == rows
+            some = db.execute(notes)
+            assert some.fetchmany() + some.fetchmany(2) == rows[:3]
+            assert [some.fetchone(), some.fetchone()] == [rows[3], None]
+            note.delete().where(note.text != "a").execute()
+        return [text for _, text in rows]
+
+    for _ in range(3):
+        assert await db.run(read) == ["a", "b", "c", "d"]
+
+
+async def test_statements_that_change_the_session(
+    db: Database, note: Any, threads: list[str]
+) -> None:
+    """They are run in a thread, whose lease is cleaned afterwards."""
+    setting = peewee.fn.set_config("app.user", "ada", False)
+    for _ in range(3):
+        assert (await note.aget(setting == "ada")).text == "a"
+    assert threading.current_thread().name not in threads
+    found = await db.run(lambda: db.execute_sql("SELECT current_setting('app.user', true)"))
+    assert list(found) == [("",)]
 
 
 async def test_closing_ends_the_watch(db: Database, note: Any) -> None:

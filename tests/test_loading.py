@@ -446,6 +446,20 @@ def test_other_values_in_a_compiled_statement(
     assert len(statements) == 3
 
 
+def test_shapes_without_end(
+    db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many compiled shapes are kept and no more, and the answers are right all the same."""
+    monkeypatch.setattr("fastapi_peewee.loading._SHAPES_KEPT", 3)
+    plans = Plans(list[UserOut])
+    for number in range(1, 9):
+        query = models.User.select().where(models.User.id.in_([1] * number))
+        texts = plans.load(query)
+        assert isinstance(texts, Texts)
+        assert [user["id"] for user in json.loads(texts.body())] == [1]
+        assert len(plans._compiled) <= 3
+
+
 def test_instances_are_not_changed(db: Any, models: SimpleNamespace) -> None:
     """What an endpoint returns is completed in copies."""
     instances = list(models.Item.select().order_by(models.Item.id))

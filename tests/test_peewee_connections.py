@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import peewee
@@ -13,7 +14,7 @@ import psycopg
 import pymysql
 import pytest
 
-from fastapi_peewee import Database, PoolTimeout
+from fastapi_peewee import Database, PoolTimeout, connect
 from tests import modes
 from tests.modes import (
     Mode,
@@ -169,6 +170,18 @@ def test_with_db_rolls_back_on_an_exception(mode: Mode, seen: Seen) -> None:
     assert seen() == []
     assert not mode.db.in_transaction()
     assert mode.db.is_closed() is was_closed
+
+
+def test_with_db_where_no_connection_is_to_be_had(tmp_path: Path) -> None:
+    """The error of a `with db:` that can't connect is raised, and the next one tries anew."""
+    folder = tmp_path / "later"
+    db = connect(f"sqlite:///{folder}/test.db")
+    with pytest.raises(peewee.OperationalError), db:
+        raise AssertionError("it was entered")
+    folder.mkdir()
+    with db:
+        assert db.in_transaction()
+    assert db.is_closed()
 
 
 @in_each_mode

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from tests.modes import (
     Seen,
     User,
     in_each_mode,
+    on,
 )
 
 connected, db, mode, observer, seen = modes.fixtures
@@ -45,6 +47,40 @@ def test_execute_compiles_a_query(mode: Mode) -> None:
     assert db.rows_affected(db.execute(User.insert(name="ann"))) == 1
     cursor = db.execute(User.select(User.name))
     assert list(cursor.fetchall()) == [("ann",)]
+
+
+@on("postgres")  # the others know numbers only, and MySQL those that it gave itself
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (peewee.AutoField(), None),
+        (peewee.BigAutoField(), 7),
+        (peewee.UUIDField(primary_key=True), uuid.UUID(int=7)),
+        (peewee.CharField(primary_key=True), "a"),
+        (peewee.ForeignKeyField(User, primary_key=True), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_key_of_an_inserted_row(db: Database, field: peewee.Field, value: Any) -> None:
+    """`INSERT` says which key a row has, as Peewee has it in Python; None if there is no new row."""
+
+    class Model(db.Model):
+        text = peewee.TextField(null=True)
+
+    model: Any = Model
+    model._meta.remove_field("id")
+    model._meta.add_field("key", field)
+    model._meta.set_primary_key("key", field)
+    with db:
+        User.create(name="ann")
+        db.create_tables([model])
+        for number in range(1, 4):  # the SQL is made, seen again, known
+            model.delete().execute()
+            found = model.insert({"key": value} if value else {"text": "a"}).execute()
+            assert found == model.get()._pk
+            assert type(found) is type(value or number)
+            assert model.insert(key=found).on_conflict_ignore().execute() is None
+        db.drop_tables([model])
 
 
 @in_each_mode

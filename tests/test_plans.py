@@ -179,6 +179,12 @@ CASES: dict[str, tuple[Callable[[Any], Any], Any, str, str]] = {
         "instances",
         "something else by the name 'name'",
     ),
+    "a join under a name of its own": (
+        lambda m: m.Item.select(m.Item, m.User).join(m.User, attr="maker"),
+        list[ItemOut],
+        "json",
+        "",
+    ),
     "a join of three": (three_tables, list[OwnerOut], "json", ""),
     "a join that was taken back": (
         lambda m: (

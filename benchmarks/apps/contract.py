@@ -15,6 +15,8 @@ SQLITE_FILE = (
 #: sql_app's connections have.
 PRAGMAS = {"foreign_keys": "1", "synchronous": os.environ.get("SQLITE_SYNCHRONOUS", "2")}
 BUSY_TIMEOUT = 5.0
+#: Bytes. What is larger is refused by FastAPI, with 413.
+MAX_BODY_SIZE = 64 * 1024
 POOL_SIZE = 10
 
 UserId = Annotated[int, Path(ge=-(2**31), lt=2**31)]

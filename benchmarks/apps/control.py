@@ -21,7 +21,7 @@ def constant(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
 
-app = FastAPI()
+app = FastAPI(max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/")

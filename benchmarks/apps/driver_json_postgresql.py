@@ -61,7 +61,7 @@ async def answer(statement: str, *parameters: Any) -> Response:
     return Response(body, media_type="application/json")
 
 
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan, max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/")

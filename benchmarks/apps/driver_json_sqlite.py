@@ -38,7 +38,7 @@ def answer(statement: str, *parameters: Any) -> Response:
     return Response(rows[0][0], media_type="application/json")
 
 
-app = FastAPI()
+app = FastAPI(max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/")

@@ -31,7 +31,7 @@ async def with_items(connection: Any, rows: list[Any]) -> list[dict[str, Any]]:
     return list(users.values())
 
 
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan, max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[contract.User])

@@ -45,7 +45,7 @@ def with_items(rows: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
     return list(users.values())
 
 
-app = FastAPI()
+app = FastAPI(max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[contract.User])

@@ -75,7 +75,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.close_connection_pool()
 
 
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan, max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[UserRead])

@@ -65,7 +65,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     await db.close_pool()
 
 
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan, max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[UserRead], dependencies=[Depends(get_db)])

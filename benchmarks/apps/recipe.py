@@ -87,7 +87,7 @@ def get_db(db_state: Annotated[None, Depends(reset_db_state)]) -> Iterator[None]
             db.close()
 
 
-app = FastAPI()
+app = FastAPI(max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[UserRead], dependencies=[Depends(get_db)])

@@ -63,7 +63,7 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 Session = Annotated[AsyncSession, Depends(get_session)]
 with_items = selectinload(User.items)
-app = FastAPI()
+app = FastAPI(max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[contract.User])

@@ -72,7 +72,7 @@ def get_session() -> Iterator[Session]:
 
 SessionDep = Annotated[Session, Depends(get_session)]
 with_items = selectinload(User.items)  # type: ignore[arg-type]
-app = FastAPI()
+app = FastAPI(max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[UserPublic])

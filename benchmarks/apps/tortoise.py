@@ -57,7 +57,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan, max_body_size=contract.MAX_BODY_SIZE)
 
 
 @app.get("/users/", response_model=list[UserRead])

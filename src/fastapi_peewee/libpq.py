@@ -9,6 +9,7 @@ And what waits for the server for a stated time: connecting, and asking whether 
 """
 
 import functools
+import itertools
 import math
 import re
 import time
@@ -138,7 +139,9 @@ _STALE = b"26000", b"0A000"
 
 
 class Cursor:
-    """A cursor, as far as Peewee reads it, of statements that are run in this way."""
+    """A cursor, as Peewee and callers of `db.execute(query)` read it, of statements that are run in
+    this way.
+    """
 
     def __init__(self, statements: Statements) -> None:
         self._statements = statements
@@ -177,8 +180,14 @@ class Cursor:
     def fetchone(self) -> Any:
         return next(self._rows, None)
 
+    def fetchmany(self, size: int = 1) -> list[Any]:
+        return list(itertools.islice(self._rows, size))
+
     def fetchall(self) -> list[Any]:
         return list(self._rows)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._rows
 
     def close(self) -> None:
         """There is nothing to close: all rows are here."""

@@ -193,6 +193,14 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             lease.root.server_cursors.append(cursor)
         return cursor
 
+    def last_insert_id(self, cursor: Any, query_type: Any = None) -> Any:
+        returned: Any = getattr(cursor, "select", ())
+        if query_type != peewee.Insert.SIMPLE or len(returned) != 1:
+            return super().last_insert_id(cursor, query_type)
+        # Peewee would find out about all columns of a cursor, to read one number.
+        row = cursor.cursor.fetchone()
+        return None if row is None else returned[0].python_value(row[0])
+
     def open_rows(self, query: Any) -> Any:
         sql, params = self.get_sql_context().parse(query)
         self._taint(sql)

@@ -94,7 +94,7 @@ class Reads(Outcomes):
         with all rows, which `again()` makes unread; None where that can't be, or not now: then
         nothing was sent.
         """
-        return None
+        raise NotImplementedError
 
     @property
     def watched(self) -> bool:

@@ -68,7 +68,7 @@ class Watch:
         try:
             getattr(self._pgconn, method)(*arguments)
             if self._pgconn.flush():  # the rest is sent when the socket takes it
-                self.loop.add_writer(self._fd, _send, weakref.ref(self))
+                self.loop.add_writer(self._fd, self.send)
                 self._is_sending = True
             await answered
             return self._results[-1]
@@ -114,11 +114,6 @@ class Watch:
 def _read(watch: "weakref.ref[Watch]") -> None:
     if (found := watch()) is not None:
         found.read()
-
-
-def _send(watch: "weakref.ref[Watch]") -> None:
-    if (found := watch()) is not None:
-        found.send()
 
 
 def _unwatch_soon(loop: asyncio.AbstractEventLoop, fd: int) -> None:
