@@ -62,7 +62,7 @@ def test_execute_compiles_a_query(mode: Mode) -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_the_key_of_an_inserted_row(db: Database, field: peewee.Field, value: Any) -> None:
-    """`INSERT` says which key a row has, as Peewee has it in Python; None if there is no new row."""
+    """`INSERT` says which key a row has, as Peewee has it in Python; None if none is new."""
 
     class Model(db.Model):
         text = peewee.TextField(null=True)
