@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import secrets
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
@@ -186,16 +188,82 @@ async def test_two_transactions_that_wait_for_each_other(database_url: str) -> N
 # The disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB."""
-    folder = tmp_path / "disk"
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system, whose owner is that of the folder around it."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    owner = folder.parent.stat()
+    options = f"size={size},uid={owner.st_uid},gid={owner.st_gid}"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system takes root's rights")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "disk", "512k") as folder:
+        yield folder
+
+
+# MariaDB 10.11 doesn't live through it: it fails an assertion of its own, and is a killed server.
+@pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
+async def test_a_servers_disk_that_is_really_full(own_server: Server, own_database: str) -> None:
+    """507 while there is no space, and nothing of that transaction is there; what was committed can
+    be read all along, and writing goes on when there is space again."""
+    owner = own_server.folder.stat()
+    async with connected(own_database) as db:
+
+        class Note(db.Model):
+            text = peewee.TextField()
+
+        app = make_app(db)
+
+        def text() -> str:
+            return secrets.token_hex(50_000)  # nothing that can be made much smaller
+
+        @app.post("/sync/{number}")
+        def sync(number: int, held: InTransaction) -> None:
+            for _ in range(number):
+                Note.create(text=text())
+
+        @app.post("/async/{number}")
+        async def asynchronous(number: int) -> None:
+            async with db.atomic():
+                for _ in range(number):
+                    await Note.acreate(text=text())
+
+        @app.get("/")
+        def read() -> int:
+            return int(Note.select().count())
+
+        with mounted(own_server.folder / "disk", "12m") as disk:
+            tables = disk / "tables"
+            tables.mkdir()
+            os.chown(tables, owner.st_uid, owner.st_gid)
+            await db.run(db.execute_sql, f"CREATE TABLESPACE small LOCATION '{tables}'")
+            await db.acreate_tables([Note])
+            await db.run(db.execute_sql, "ALTER TABLE note SET TABLESPACE small")
+            async with client(app) as http:
+                assert (await http.post("/sync/2")).status_code == 200
+                (disk / "ballast").write_bytes(b"x" * 6_000_000)
+                for kind in ("sync", "async"):
+                    response = await http.post(f"/{kind}/200")
+                    assert (response.status_code, response.json()) == (
+                        507,
+                        {"detail": "database full"},
+                    )
+                    assert (await http.get("/")).json() == 2
+                    assert db.pool_stats.in_use == 0
+                (disk / "ballast").unlink()
+                assert (await http.post("/sync/3")).status_code == 200
+                assert (await http.post("/async/3")).status_code == 200
+                assert (await http.get("/")).json() == 8
+            await db.run(db.drop_tables, [Note])
+            await db.run(db.execute_sql, "DROP TABLESPACE small")
 
 
 async def test_a_disk_that_is_really_full(small_disk: Path) -> None:
