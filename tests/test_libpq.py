@@ -412,21 +412,37 @@ async def test_a_connection_that_breaks_while_a_statement_is_sent(
     db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes wrong while the rest of a statement is sent is the statement's error."""
+
+    class Broken:
+        """libpq's connection, of which nothing can be sent but the first part."""
+
+        def __init__(self, pgconn: Any) -> None:
+            self.pgconn = pgconn
+            self.flushes = iter([1])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.pgconn, name)
+
+        def flush(self) -> int:
+            for left in self.flushes:
+                return left
+            raise psycopg.OperationalError("broken")
+
     conn = await db.run(db.connection)
-    with socket.socket(fileno=os.dup(conn.pgconn.socket)) as small:
-        small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    watch = Watch.of(conn)
-    send = watch.send
-
-    def lost() -> None:
-        with socket.socket(fileno=os.dup(conn.pgconn.socket)) as ours:
-            ours.shutdown(socket.SHUT_RDWR)
-        send()
-
-    monkeypatch.setattr(watch, "send", lost)
-    with pytest.raises(psycopg.OperationalError):
-        await Statements(conn).arun("SELECT length(%s)::text", ["x" * 20_000_000])
+    monkeypatch.setattr(Watch.of(conn), "_pgconn", Broken(conn.pgconn))
+    with pytest.raises(psycopg.OperationalError, match="broken"):
+        await Statements(conn).arun("SELECT 'a'", [])
     conn.close()
+
+
+async def test_a_server_that_can_not_be_told_to_end_a_statement(postgres_url: str) -> None:
+    """Its connection is cut: whoever waits for the answer learns that there will be none."""
+    with Proxy(postgres_url) as wire:
+        async with connected(wire.url, pool_size=1) as db:
+            conn = await db.run(db.connection)
+            wire.refusing = True
+            assert db.interrupt(conn)
+            assert not db.is_open(conn)
 
 
 async def test_a_server_with_much_to_say(

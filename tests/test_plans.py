@@ -11,6 +11,7 @@ import peewee
 import pytest
 from fastapi.exceptions import ResponseValidationError
 from peewee import fn
+from playhouse.sqlite_ext import JSONField
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, create_model, field_validator
 from pydantic_core import core_schema
 from typing_extensions import TypeAliasType
@@ -55,6 +56,23 @@ class Path(BaseModel):
 
 class NowAndThen(BaseModel):
     name: str = Field(exclude_if=lambda name: name == "Ada")
+
+
+class Hidden(BaseModel):
+    name: str = Field(exclude=True)
+
+
+class LongName(BaseModel):
+    name: str = Field(max_length=255)
+
+
+class ShortName(BaseModel):
+    name: str = Field(max_length=3)
+
+
+class CountedAsFloat(BaseModel):
+    name: str
+    total: float
 
 
 class OwnerOut(BaseModel):
@@ -211,6 +229,20 @@ CASES: dict[str, tuple[Callable[[Any], Any], Any, str, str]] = {
         "a ModelRaw isn't built of parts",
     ),
     "as a whole": (lambda m: m.User.select(), list[Whole], "instances", "validated as a whole"),
+    "nothing that is sent": (lambda m: m.User.select(), list[Hidden], "rows", "has no fields"),
+    "as long as the column": (lambda m: m.User.select(), list[LongName], "json", ""),
+    "shorter than the column": (
+        lambda m: m.User.select(),
+        list[ShortName],
+        "rows",
+        "name is constrained: max_length",
+    ),
+    "a count that is no integer": (
+        lambda m: m.User.select(m.User, fn.COUNT(m.User.id).alias("total")).group_by(m.User.id),
+        list[CountedAsFloat],
+        "rows",
+        "total is an expression that isn't read as int",
+    ),
     "extra fields": (lambda m: m.User.select(), list[Extra], "rows", "takes extra fields"),
     "a path": (lambda m: m.User.select(), list[Path], "instances", "read by a path"),
     "excluded now and then": (
@@ -288,6 +320,26 @@ def test_a_type_by_another_name(db: Any, models: SimpleNamespace) -> None:
     Users = TypeAliasType("Users", list[BareUserOut])
     rows = Response(Users).dump(list(models.User.select()))
     assert [json.loads(row)["name"] for row in rows] == ["Ada", "Bob"]
+
+
+def test_what_has_no_type_in_a_stream(db: Any) -> None:
+    """Pydantic writes it as the configuration of the outermost type says, which isn't the model's
+    for a list; so in a stream, too."""
+
+    class Page(db.Model):
+        document = JSONField()
+
+    class PageOut(BaseModel):
+        model_config = ConfigDict(ser_json_inf_nan="strings")
+
+        document: Any
+
+    db.create_tables([Page])
+    db.execute_sql("""INSERT INTO page (document) VALUES ('{"a": NaN}')""")
+    plans = Plans(list[PageOut])
+    assert read(plans.load(Page.select()), plans) == [{"document": {"a": None}}]
+    chunks = plans.plan(Page.select()).stream(db, 10)
+    assert [text for chunk in chunks for text in chunk] == [b'{"document":{"a":null}}']
 
 
 def test_a_type_without_fields_has_no_columns(db: Any, models: SimpleNamespace) -> None:

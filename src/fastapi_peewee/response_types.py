@@ -7,7 +7,7 @@ told, the tree holds the reason in words, and `plans` takes a more general way.
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from inspect import getattr_static
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 import peewee
 from peewee import BackrefAccessor, ManyToManyFieldAccessor
@@ -105,10 +105,12 @@ class Response:
         Raises:
             pydantic.ValidationError: one doesn't fit the type.
         """
-        adapter = self._items
+        adapter = self.adapter
         with self.no_endless_loads():
-            values = [adapter.validate_python(row, from_attributes=True) for row in rows]
-        return [adapter.dump_json(value, by_alias=True) for value in values]
+            values = adapter.validate_python(rows, from_attributes=True)
+        # Each as a list of one: for what has no type of its own, as NaN in a JSON column, Pydantic
+        # asks the configuration of the outermost type, which a model alone would be.
+        return [adapter.dump_json([value], by_alias=True)[1:-1] for value in values]
 
     def no_endless_loads(self) -> AbstractContextManager[None]:
         """Around the validation of instances.
@@ -116,18 +118,6 @@ class Response:
         What they haven't loaded, and what no depth is stated for, would be a query for each.
         """
         return lazy_loads_forbidden(f"type {self.type}") if self.endless else nullcontext()
-
-    @functools.cached_property
-    def _items(self) -> TypeAdapter[Any]:
-        type_ = self.type
-        while get_origin(type_) is not list:
-            if get_origin(type_) is Annotated:
-                type_ = get_args(type_)[0]
-            elif hasattr(type_, "__value__"):  # `type UsersOut = list[UserOut]`
-                type_ = type_.__value__
-            else:
-                type_ = next(each for each in get_args(type_) if each is not type(None))
-        return TypeAdapter(get_args(type_)[0])
 
     def _resolve(self, core: Any) -> tuple[Any, bool]:
         """Follow references, defaults and `Optional`. Returns what is left, and if it's optional"""
