@@ -844,7 +844,7 @@ class Maker:
         single = self.rarely(12)
         query, full, ordered = self.query(name, spec, count, single)
         type_: Any = spec.type
-        if not single:
+        if not (single and ordered):  # which row is the first one is for the query to say
             type_ = list[spec.type]
         elif self.rarely(60):
             type_ = spec.type | None
