@@ -171,10 +171,9 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
     note("… or both, of a prepared query", microseconds(lambda: read(user_id=1).find(db)))
     note("the statement, with its answer", await amicroseconds(partial(db.aread_texts, *select)))
     note("writing: an instance", microseconds(lambda: item(title="a", owner=2)))
-    made = item(title="a", owner=2)
-    save = partial(made.save, force_insert=True)
-    insert = single.query_of(save)
-    note("… its INSERT", microseconds(lambda: single.query_of(save)))
+    creation = single.Creation(item(title="a", owner=2))
+    insert = creation.query()
+    note("… its INSERT", microseconds(creation.query))
     note("… the SQL of that", microseconds(lambda: db._sql_cache.statement(insert)))
     statement = db._sql_cache.statement(insert)
 
@@ -189,8 +188,8 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
         note(name, await amicroseconds(execute, at_once))
     cursor = await execute()
     note(
-        "… and what Peewee makes of its result",
-        microseconds(lambda: single.with_result(save, cursor.again())),
+        "… and what becomes of its result",
+        microseconds(lambda: creation.finish(cursor.again())),
     )
 
     def lend() -> None:

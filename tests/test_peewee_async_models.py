@@ -29,6 +29,32 @@ async def test_acreate(db: Database, seen: Seen) -> None:
     assert (await User.aget()).id == user.id
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"text": "a"}, {"id": 1007}, {"user": 1}, {"user": "ann"}, {"user": None, "text": "b"}],
+    ids=str,
+)
+async def test_acreate_makes_what_create_makes(ann: Any, db: Database, values: Any) -> None:
+    """The same instance, whether the SQL is new, seen again or known: its values, its relations and
+    what is dirty of it."""
+    if values.get("user") == "ann":
+        values = {**values, "user": ann}
+
+    def found(note: Note) -> Any:
+        assert note._pk == note.id
+        data = {name: value for name, value in note.__data__.items() if name != "id"}
+        return data, note.__rel__, note.dirty_fields
+
+    for _ in range(4):
+        await db.run(Note.delete().execute)
+        theirs = await db.run(lambda: Note.create(**values))
+        await db.run(theirs.delete_instance)
+        ours = await Note.acreate(**values)
+        assert found(ours) == found(theirs)
+        assert ours.id == values.get("id", ours.id)
+        assert await Note.aget() == ours
+
+
 async def test_aget(three: list[Any]) -> None:
     """`aget` takes expressions or filters, and raises `DoesNotExist` if there is no such row."""
     assert await User.aget(User.name == "bob") == three[1]

@@ -435,15 +435,14 @@ class Database(AsyncNames, Reads):
         finally:
             await run_follow_ups(lease)
 
-    async def run_single(self, fn: Callable[[], T], *, reads: bool) -> T:
-        """`await run(fn)`, for functions of Peewee's that execute one query, which reads or writes,
-        and do nothing else that waits: on the event loop, where the database can do that and no
-        block is open.
+    async def run_single(self, work: single.Single[T], *, reads: bool) -> T:
+        """`await run(work.fn)`, of which the query reads or writes: on the event loop, where the
+        database can do that and no block is open.
         """
         on_the_loop = self.reads_on_the_loop if reads else self.writes_on_the_loop
         if on_the_loop and self._state.lease() is None and not self.watched:
             try:
-                query = single.query_of(fn)
+                query = work.query()
                 compiled = partial(self._sql_cache.statement, query)
                 statement = None if query is None else single.without_queries(compiled)
             except BlockingQuery:  # a default value or a converter asks the database
@@ -452,10 +451,10 @@ class Database(AsyncNames, Reads):
                 cursor = await self.aexecute_compiled(*statement)
                 if cursor is not None:
                     try:
-                        return single.with_result(fn, cursor, single.refuse)
+                        return work.finish(cursor, single.refuse)
                     except BlockingQuery:  # what makes objects of the rows asks it
-                        return await self.run(single.with_result, fn, cursor.again())
-        return await self.run(fn)
+                        return await self.run(work.finish, cursor.again())
+        return await self.run(work.fn)
 
     @overload
     async def run(self, fn: Callable[..., T], /, *args: Any, retries: int, **kwargs: Any) -> T: ...

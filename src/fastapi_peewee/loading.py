@@ -72,14 +72,18 @@ class Plans:
             TypeError: a query that can't be answered with.
         """
         if not self.needs_database(value):
-            if value is None and self._type is not None:
-                self._check_missing(None)
-            return value
+            return self.ready(value)
         db = database_of(value)
         # Of an application's databases, a route holds a connection of the first one.
         elsewhere = isinstance(db, Database) and db._state.homeless
         with db.connection_context() if elsewhere else nullcontext():
             return self._load_query(value) if is_query(value) else self._complete(db, value)
+
+    def ready(self, value: Any) -> Any:
+        """The same of what needs no database."""
+        if value is None and self._type is not None:
+            self._check_missing(None)
+        return value
 
     def plan(self, query: Any) -> Plan:
         """The plan for a query, which isn't kept."""

@@ -162,7 +162,18 @@ class _Answers:
         value = self.plans.load(returned)
         if isinstance(value, Texts):
             return returned, value, []
-        with self._no_lazy_loads(), self.plans.response.no_endless_loads():
+        with self._no_lazy_loads():
+            return self._validated(returned, value)
+
+    def ready(self, returned: Any) -> tuple[Any, Any, list[Any]]:
+        """The same of what needs no database, on the event loop."""
+        value = self.plans.ready(returned)
+        # A query would be refused here, but Pydantic would hide why.
+        with lazy_loads_forbidden(self.name):
+            return self._validated(returned, value)
+
+    def _validated(self, returned: Any, value: Any) -> tuple[Any, Any, list[Any]]:
+        with self.plans.response.no_endless_loads():
             if self._field is None:
                 return returned, jsonable_encoder(value), []
             return returned, *self._field.validate(value, {}, loc=("response",))
@@ -216,10 +227,7 @@ def _answering(
             db = database_of(returned)
             db = db if isinstance(db, Database) else _database()
             return await db.call(partial(answers.load, returned), answers.serialise)
-        # A query would be refused here, on the event loop, but Pydantic would hide why.
-        with lazy_loads_forbidden(answers.name):
-            outcome = answers.load(returned)
-        return answers.serialise(outcome)
+        return answers.serialise(answers.ready(returned))
 
     call = on_the_loop if _is_coroutine_callable(endpoint) else in_one_hop
     # FastAPI names the endpoint's file and line in its errors. What it remembers by `id()` has to

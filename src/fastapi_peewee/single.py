@@ -9,7 +9,10 @@ queries of its own: on the event loop these are refused.
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import peewee
 
 from .exceptions import BlockingQuery
 
@@ -69,3 +72,59 @@ def with_result(fn: Callable[[], T], cursor: Any, others: Callable[[Any], Any] |
         return fn()
     finally:
         executing.reset(token)
+
+
+class Single(Generic[T]):
+    """A function of Peewee's that executes one query, and does nothing else that waits."""
+
+    def __init__(self, fn: Callable[[], T]) -> None:
+        self.fn = fn
+
+    def query(self) -> Any:
+        """The query, which somebody else executes; None if there is none."""
+        return query_of(self.fn)
+
+    def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> T:
+        """What the function returns, now that its query has been executed."""
+        return with_result(self.fn, cursor, others)
+
+
+#: Keys that the database counts.
+_COUNTED = (peewee.AutoField, peewee.BigAutoField, peewee.IdentityField)
+
+
+class Creation(Single[Any]):
+    """`instance.save(force_insert=True)` of a new instance whose model's methods are Peewee's.
+
+    Where the database counts the keys, its two halves are written here, as they are in Peewee: it
+    is the one function that many requests call, and each call of it makes an INSERT.
+    """
+
+    def __init__(self, instance: Any) -> None:
+        super().__init__(partial(instance.save, force_insert=True))
+        self._instance = instance
+        self._key = instance._meta.primary_key
+        self._insert: Any = None
+
+    def query(self) -> Any:
+        if type(self._key) not in _COUNTED:
+            return super().query()
+        instance = self._instance
+        row = instance.__data__.copy()
+        instance._populate_unsaved_relations(row)
+        if row.get(self._key.name) is None:
+            row.pop(self._key.name, None)
+        self._insert = instance.insert(**row)
+        return self._insert
+
+    def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> Any:
+        insert, instance = self._insert, self._instance
+        if insert is None:
+            return super().finish(cursor, others)
+        if insert._returning:
+            (key,) = cursor.fetchone()
+        else:
+            key = insert._database.last_insert_id(cursor, insert._query_type)
+        instance._pk = key
+        instance._dirty.clear()
+        return 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import peewee
 
 from .exceptions import BlockingQuery
-from .single import without_queries
+from .single import Creation, Single, without_queries
 
 if TYPE_CHECKING:
     from .database import Database
@@ -56,7 +56,7 @@ async def _run_single(model: Any, method: str, *args: Any, **kwargs: Any) -> Any
     db = _database(model)
     cls: Any = model if isinstance(model, type) else type(model)
     if _is_single(cls, method):
-        return await db.run_single(fn, reads=method.startswith("get"))
+        return await db.run_single(Single(fn), reads=method.startswith("get"))
     return await db.run(fn)
 
 
@@ -77,13 +77,14 @@ class AsyncModelMixin:
     @classmethod
     async def acreate(cls, **query: Any) -> Self:
         model: Any = cls
-        if not (_database(cls).writes_on_the_loop and _is_single(model, "create")):
+        db = _database(model)
+        if not (db.writes_on_the_loop and _is_single(model, "create")):
             return await _run(cls, "create", **query)
         try:
             instance = without_queries(partial(cls, **query))
         except BlockingQuery:  # a default value asks the database
             return await _run(cls, "create", **query)
-        await _run_single(instance, "save", force_insert=True)
+        await db.run_single(Creation(instance), reads=False)
         return instance
 
     @classmethod
