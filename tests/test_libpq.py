@@ -431,7 +431,7 @@ async def test_a_connection_that_breaks_while_a_statement_is_sent(
     conn = await db.run(db.connection)
     monkeypatch.setattr(Watch.of(conn), "_pgconn", Broken(conn.pgconn))
     with pytest.raises(psycopg.OperationalError, match="broken"):
-        await Statements(conn).arun("SELECT 'a'", [])
+        await Statements(conn).arun("SELECT pg_sleep(1)", [])
     conn.close()
 
 
