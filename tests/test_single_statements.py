@@ -90,6 +90,21 @@ async def test_on_the_event_loop(db: Database, note: Any, asked: list[str]) -> N
     assert db.pool_stats.in_use == 0
 
 
+async def test_a_trigger_that_keeps_the_row_away(db: Database, note: Any, asked: list[str]) -> None:
+    """The instance has no key then, as with `create`."""
+    for sql in (
+        "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        "CREATE TRIGGER nothing BEFORE INSERT ON note FOR EACH ROW EXECUTE FUNCTION nothing()",
+    ):
+        await db.run(db.execute_sql, sql)
+    theirs = await db.run(lambda: note.create(text="new"))
+    asked.clear()
+    ours = await note.acreate(text="new")
+    assert asked
+    assert ours.id is theirs.id is None
+    assert ours.dirty_fields == theirs.dirty_fields == []
+
+
 async def test_default_values_are_made_once(db: Database, note: Any, asked: list[str]) -> None:
     """The instance has the values that are in the database, also where a function makes them."""
     made = await note.acreate(text="c")

@@ -122,9 +122,10 @@ class Creation(Single[Any]):
         if insert is None:
             return super().finish(cursor, others)
         if insert._returning:
-            (key,) = cursor.fetchone()
+            (key,) = cursor.fetchone() or (None,)  # a trigger may have kept the row away
         else:
             key = insert._database.last_insert_id(cursor, insert._query_type)
-        instance._pk = key
+        if key is not None:
+            instance._pk = key
         instance._dirty.clear()
         return 1
