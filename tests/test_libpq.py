@@ -445,6 +445,31 @@ async def test_a_server_that_can_not_be_told_to_end_a_statement(postgres_url: st
             assert not db.is_open(conn)
 
 
+async def test_a_libpq_that_can_not_be_told_how_long_to_wait(
+    db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq before 17 isn't asked to cancel, which may take for ever: the connection is cut."""
+
+    def lacks(check: bool) -> None:
+        raise psycopg.NotSupportedError("libpq is too old")
+
+    monkeypatch.setattr(psycopg.capabilities, "has_cancel_safe", lacks)
+    task = asyncio.create_task(db.run(db.execute_sql, "SELECT pg_sleep(60)"))
+    while not db.pool_stats.in_use:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    begun = time.monotonic()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert time.monotonic() - begun < 1
+    assert await db.run(note.get) is not None
+    running = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"
+    with anyio.fail_after(10):
+        while await db.run(lambda: db.execute_sql(running).fetchone()[0]):
+            await asyncio.sleep(0.05)
+
+
 async def test_a_server_with_much_to_say(
     db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

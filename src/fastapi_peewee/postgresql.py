@@ -255,10 +255,15 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
                 raise peewee.OperationalError("The server does not answer (connect_timeout).")
 
     def interrupt(self, conn: Any) -> bool:
+        from psycopg import capabilities
+
         try:
+            # libpq before 17 waits for as long as the network likes, and psycopg's C implementation
+            # keeps all threads from running meanwhile.
+            capabilities.has_cancel_safe(check=True)
             conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
         except Exception:
-            self.cut(conn)  # the server is away, or frozen
+            self.cut(conn)  # or the server is away, or frozen
         return True
 
     def cut(self, conn: Any) -> None:
