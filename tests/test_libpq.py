@@ -435,12 +435,15 @@ async def test_a_connection_that_breaks_while_a_statement_is_sent(
     conn.close()
 
 
-async def test_a_server_that_can_not_be_told_to_end_a_statement(postgres_url: str) -> None:
+async def test_a_server_that_can_not_be_told_to_end_a_statement(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its connection is cut: whoever waits for the answer learns that there will be none."""
     with Proxy(postgres_url) as wire:
         async with connected(wire.url, pool_size=1) as db:
             conn = await db.run(db.connection)
-            wire.refusing = True
+            wire.swallowing = True
+            monkeypatch.setattr("fastapi_peewee.postgresql._CANCEL_TIMEOUT", 0.1)
             assert db.interrupt(conn)
             assert not db.is_open(conn)
 
