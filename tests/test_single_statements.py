@@ -90,6 +90,22 @@ async def test_on_the_event_loop(db: Database, note: Any, asked: list[str]) -> N
     assert db.pool_stats.in_use == 0
 
 
+async def test_a_key_that_the_database_does_not_count(db: Database, asked: list[str]) -> None:
+    """Such a row is created on the event loop as well, and its key is the one it was given."""
+
+    class Page(db.Model):
+        id = peewee.UUIDField(primary_key=True, default=uuid.uuid4)
+        text = peewee.TextField()
+
+    await db.acreate_tables([Page])
+    made = [await Page.acreate(text=text) for text in "abcd"]
+    assert len(asked) >= 2  # those whose SQL was known
+    assert {(page.id, page.text) for page in await db.list(Page.select())} == {
+        (page.id, page.text) for page in made
+    }
+    assert [page.dirty_fields for page in made] == [[]] * 4
+
+
 async def test_a_trigger_that_keeps_the_row_away(db: Database, note: Any, asked: list[str]) -> None:
     """The instance has no key then, as with `create`."""
     for sql in (
