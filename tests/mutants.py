@@ -253,7 +253,7 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_Block.aenter_unbound",
-                "last = _nothing if call.error else partial(self._end, error)",
+                "last = partial(self._end, error) if call.succeeded else _nothing",
                 "last = _nothing",
             ),
         ),

@@ -116,7 +116,7 @@ class _Block:
             self._entered = await result_of(call)
         except BaseException as error:
             # If it was entered, the task was cancelled meanwhile: nobody else will leave the block.
-            last = _nothing if call.error else partial(self._end, error)
+            last = partial(self._end, error) if call.succeeded else _nothing
             await leave(db, lease, last)
             raise
         self._lease, self._left = lease, False

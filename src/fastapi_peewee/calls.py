@@ -39,6 +39,7 @@ class Call:
         "_begun",
         "_end",
         "_ended",
+        "_error",
         "_fn",
         "_guard",
         "_lease",
@@ -49,7 +50,7 @@ class Call:
         "_result",
         "_state",
         "_then",
-        "error",
+        "succeeded",
     )
 
     def __init__(
@@ -68,8 +69,8 @@ class Call:
         self._release = release
         self._then = then
         self._result: Any = None
-        #: What was raised, or that it was dropped; None if it hasn't ended, or has succeeded.
-        self.error: BaseException | None = None
+        self.succeeded = False
+        self._error: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         # Who takes the token carries the call out, or has dropped it: the thread or the task.
         self._begun = deque((None,))
@@ -93,15 +94,28 @@ class Call:
         return self._end
 
     def result(self) -> Any:
-        """What came of it, when it has ended."""
-        if self.error is not None:
-            raise self.error
-        return self._result
+        """What came of it, when it has ended. To be asked for once."""
+        error = self.take_error()
+        if error is None:
+            return self._result
+        try:
+            raise error
+        finally:
+            del error  # see `take_error()`
+
+    def take_error(self) -> BaseException | None:
+        """What was raised, or that it was dropped; None if it has succeeded.
+
+        Afterwards the call has it no more: its traceback has the call, and both would stay until
+        the collector comes.
+        """
+        error, self._error = self._error, None
+        return error
 
     def give_up(self) -> bool:
         """Drop the call if its thread hasn't begun it. Returns whether that was so."""
         if self._take():
-            self.error = asyncio.CancelledError()
+            self._error = asyncio.CancelledError()
             self._let_go()
             return True
         return False
@@ -144,9 +158,9 @@ class Call:
                     self._let_go()
                 if self._then is not None:
                     result = context.run(self._then, result)
-            self._result = result
+            self._result, self.succeeded = result, True
         except BaseException as error:
-            self.error = error
+            self._error = error
         try:
             self._loop.call_soon_threadsafe(self._has_ended)
         except RuntimeError:

@@ -352,6 +352,12 @@ class Database(AsyncNames, Reads):
 
     def raise_refused(self, error: Any, sql: str, params: Any) -> NoReturn:
         """Raise the error of a statement, as Peewee's and with the statement in it."""
+        try:
+            raise self._refused(error, sql, params)
+        finally:
+            del error  # its traceback has this call
+
+    def _refused(self, error: Any, sql: str, params: Any) -> Any:
         refused = error
         # What can't be sent, a lone surrogate or (SQLite) an integer of more than 64 bits, Peewee
         # lets through; SQLite's driver may hide it behind the connection's last error.
@@ -363,9 +369,9 @@ class Database(AsyncNames, Reads):
             if isinstance(unsendable, UNSENDABLE):
                 refused = peewee.DataError(unsendable)
         refused.statement = (self, sql, params)  # for who tells which field was refused
-        if refused is error:
-            raise error
-        raise refused from error
+        if refused is not error:
+            refused.__cause__ = error
+        return refused
 
     def _taint(self, sql: str) -> None:
         lease = self._state.lease()

@@ -98,9 +98,12 @@ class GroupCommit:
         except asyncio.CancelledError:
             await self._abandon(write)
             raise
-        if write.error is not None:
+        if write.error is None:
+            return write.cursor
+        try:
             raise write.error
-        return write.cursor
+        finally:
+            write.error = None  # its traceback has the write
 
     async def _abandon(self, write: _Write) -> None:
         with self._lock:
@@ -156,10 +159,11 @@ class GroupCommit:
             await uninterrupted(call.end())
         finally:
             self._call = None
-        if call.error is None:
+        if call.succeeded:
             return True
+        error = call.take_error()
         for write in self._batch:
-            write.undo(call.error)
+            write.undo(error)
         return False
 
     # In a thread, under a lease.

@@ -127,6 +127,7 @@ class Lease:
 
     __slots__ = (
         "__weakref__",
+        "_outermost",
         "closing",
         "contexts",
         "cursors",
@@ -139,7 +140,6 @@ class Lease:
         "owner",
         "parent",
         "patience",
-        "root",
         "server_cursors",
         "slot",
         "state",
@@ -149,7 +149,8 @@ class Lease:
 
     def __init__(self, *, slot: Gate | None = None, parent: "Lease | None" = None) -> None:
         self.parent = parent
-        self.root: Lease
+        # None in the outermost: one that refers to itself would stay until the collector comes.
+        self._outermost: Lease | None = None
         self.state: dict[str, Any]
         self.turn = Gate(1, free=0)  # whoever makes the lease has the first turn
         self.owner: int | None = None
@@ -157,10 +158,9 @@ class Lease:
         self.dropped: Callable[[Lease], None] = _drop_block
         self.generation = _generation
         if parent is not None:
-            self.root, self.state = parent.root, parent.state
+            self._outermost, self.state = parent.root, parent.state
             return
         assert slot is not None
-        self.root = self
         # `ctx` is never empty, so that `with db:` and `with db.connection_context():` inside a
         # lease can't close its connection when they end.
         self.state = {**closed_state(), "closed": False, "ctx": [self]}
@@ -179,6 +179,10 @@ class Lease:
         if not self.ended and not self.foreign:
             with suppress(RuntimeError):  # the interpreter ends
                 start_new_thread(self.dropped, (self,))
+
+    @property
+    def root(self) -> "Lease":
+        return self._outermost or self
 
     @property
     def foreign(self) -> bool:
