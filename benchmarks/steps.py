@@ -171,11 +171,10 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
     note("… or both, of a prepared query", microseconds(lambda: read(user_id=1).find(db)))
     note("the statement, with its answer", await amicroseconds(partial(db.aread_texts, *select)))
     note("writing: an instance", microseconds(lambda: item(title="a", owner=2)))
-    creation = single.Creation(item(title="a", owner=2))
-    insert = creation.query()
-    note("… its INSERT", microseconds(creation.query))
-    note("… the SQL of that", microseconds(lambda: db._sql_cache.statement(insert)))
-    statement = db._sql_cache.statement(insert)
+    creation = single.Creation(item(title="a", owner=2), db)
+    note("… the SQL of its INSERT", microseconds(lambda: creation.statement(db._sql_cache)))
+    statement = creation.statement(db._sql_cache)
+    assert statement is not None  # since there were others
 
     async def execute() -> Any:
         cursor = await db.aexecute_compiled(*statement)

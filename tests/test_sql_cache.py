@@ -170,6 +170,112 @@ def test_random_writes_are_what_peewee_makes_of_them() -> None:
     assert hits > settings().max_examples
 
 
+def inserted(cache: SqlCache, model: Any, row: dict[str, Any]) -> tuple[str, list[Any]] | None:
+    found = cache.insertion(model, row)
+    return None if found is None else (found[0], exactly(found[1]))
+
+
+@pytest.mark.parametrize("database", DATABASES, ids=lambda database: type(database).__name__)
+def test_the_second_row_of_a_kind_and_all_that_follow_are_inserted_without_a_query(
+    database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes from the cache is what Peewee makes of the query that isn't made any more."""
+    cache = SqlCache(database)
+    rows = [{"price": price, "owner": i, "title": "a"} for i, price in enumerate((None, 1, "2.5"))]
+    expected = [made_anew(database, Item.insert(**row)) for row in rows]
+    assert cache.insertion(Item, rows[0]) is None
+    assert inserted(cache, Item, rows[1]) == expected[1]
+    monkeypatch.setattr(Item, "insert", None)
+    assert [inserted(cache, Item, row) for row in rows] == expected
+
+
+def test_rows_that_peewee_makes_the_sql_of() -> None:
+    """A row without a column that has a default, and one with an expression in it."""
+    cache = SqlCache(SQLITE)
+    for _ in range(3):
+        assert cache.insertion(User, {"name": "ann"}) is None
+    plain, expression = {"name": "ann", "active": True}, {"name": peewee.fn.LOWER("A"), "active": 1}
+    assert cache.insertion(User, plain) is None
+    for _ in range(2):
+        assert cache.insertion(User, plain) is not None
+        assert cache.insertion(User, expression) is None
+
+
+def test_rows_of_a_model_that_is_changed() -> None:
+    """Another name, schema or field of a model: what was remembered is forgotten."""
+
+    class Thing(peewee.Model):
+        text = peewee.TextField()
+
+        class Meta:
+            database = SQLITE
+
+    def nothing() -> None:
+        pass
+
+    def rename() -> None:
+        Thing._meta.set_table_name("other")
+
+    def move() -> None:
+        Thing._meta.schema = "elsewhere"
+
+    def replace() -> None:
+        Thing._meta.add_field("text", peewee.IntegerField(column_name="number"))
+
+    def add() -> None:
+        Thing._meta.add_field("more", peewee.TextField(default="much"))
+
+    cache, row = SqlCache(SQLITE), {"text": "1"}
+    for change in (nothing, rename, move, replace):
+        change()
+        for _ in range(3):
+            assert inserted(cache, Thing, row) in (None, made_anew(SQLITE, Thing.insert(**row)))
+        assert cache.insertion(Thing, row) is not None
+    add()
+    assert cache.insertion(Thing, row) is None
+
+
+def test_databases_that_return_keys_and_those_that_do_not() -> None:
+    """Whether the INSERT returns the key belongs to the database, and may be set later."""
+    database = peewee.SqliteDatabase(None)
+    cache, row = SqlCache(database), {"text": "a", "read": True}
+
+    class Note(peewee.Model):
+        text = peewee.TextField()
+        read = peewee.BooleanField()
+
+    Note.bind(database)
+    for returns in (False, True, False):
+        database.init(None, returning_clause=returns)
+        for _ in range(3):
+            found = inserted(cache, Note, row)
+        assert found == made_anew(database, Note.insert(**row))
+        assert ("RETURNING" in found[0]) is returns
+
+
+def test_random_rows_are_what_peewee_makes_of_them() -> None:
+    """Whatever row is inserted comes out of one cache as Peewee makes it, or not at all."""
+    cache = SqlCache(SQLITE)
+    hits = 0
+    names = st.permutations([field.name for field in VALUES]).flatmap(
+        lambda names: st.integers(0, len(names)).map(lambda count: names[:count])
+    )
+    rows = names.flatmap(
+        lambda names: st.fixed_dictionaries({n: VALUES[getattr(User, n)] for n in names})
+    )
+
+    @given(st.lists(rows, min_size=5, max_size=20))
+    def check(drawn: list[dict[str, Any]]) -> None:
+        nonlocal hits
+        for row in drawn:
+            found = inserted(cache, User, row)
+            hits += found is not None
+            assert found in (None, made_anew(SQLITE, User.insert(**row)))
+
+    check()
+    assert hits > settings().max_examples
+
+
 def test_shapes_without_end_take_no_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that is full begins anew."""
     monkeypatch.setattr(sql_cache, "_KEPT", 10)
@@ -177,6 +283,12 @@ def test_shapes_without_end_take_no_memory_without_end(monkeypatch: pytest.Monke
     for length in range(1, 100):
         cache.statement(User.select().where(User.id << list(range(length))))
         assert len(cache._templates) <= 10
+    fields = [f"field{number}" for number in range(12)]
+    wide: Any = type("Wide", (Base,), {name: peewee.TextField(null=True) for name in fields})
+    for name in fields * 2:
+        cache.insertion(wide, {name: "a"})
+        cache.insertion(wide, {name: "a"})
+        assert len(cache._insertions) <= 10
 
 
 def test_databases_from_connect_run_what_they_remember(monkeypatch: pytest.MonkeyPatch) -> None:

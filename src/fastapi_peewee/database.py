@@ -448,9 +448,7 @@ class Database(AsyncNames, Reads):
         on_the_loop = self.reads_on_the_loop if reads else self.writes_on_the_loop
         if on_the_loop and self._state.lease() is None and not self.watched:
             try:
-                query = work.query()
-                compiled = partial(self._sql_cache.statement, query)
-                statement = None if query is None else single.without_queries(compiled)
+                statement = work.statement(self._sql_cache)
             except BlockingQuery:  # a default value or a converter asks the database
                 statement = None
             if statement is not None:

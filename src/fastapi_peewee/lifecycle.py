@@ -133,14 +133,17 @@ class PeeweeMiddleware:
 
         async def send_free(message: Message) -> None:
             if not request.response_started and message["type"] == "http.response.start":
-                await _before_response(request)
+                request.response_started = True
+                if request.holds_anything:
+                    await _before_response(request)
             await send(message)
 
         try:
             await self._unbound(scope, receive, send_free)
         finally:
             RequestScope.current.reset(token)
-            await _release(request, over=True)
+            if request.holds_anything:
+                await _release(request, over=True)
 
     def _enter(self, request: RequestScope, scope: Scope) -> None:
         if request.app is not scope.get("app"):
@@ -165,7 +168,6 @@ class PeeweeMiddleware:
 
 
 async def _before_response(request: RequestScope) -> None:
-    request.response_started = True
     if request.transactions or any(
         _left_open(request, held) for held in request.leases.values() if isinstance(held, Lease)
     ):
@@ -195,8 +197,6 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
     All of it is begun before any of it is awaited, in tasks of their own: if the request was
     cancelled, the first `await` here raises.
     """
-    if not request.leases and not request.blocks:
-        return
     # A block left open by the request's own task, or by one that has ended, is in a generator that
     # nobody reads any more.
     current = asyncio.current_task()

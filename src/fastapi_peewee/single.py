@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import peewee
 
 from .exceptions import BlockingQuery
+from .sql_cache import SqlCache
 
 T = TypeVar("T")
 
@@ -80,9 +81,14 @@ class Single(Generic[T]):
     def __init__(self, fn: Callable[[], T]) -> None:
         self.fn = fn
 
-    def query(self) -> Any:
-        """The query, which somebody else executes; None if there is none."""
-        return query_of(self.fn)
+    def statement(self, cache: SqlCache) -> tuple[str, list[Any]] | None:
+        """What somebody else executes, SQL and parameters; None if Peewee has to make that.
+
+        Raises:
+            BlockingQuery: for that, the database has to be asked.
+        """
+        query = query_of(self.fn)
+        return None if query is None else without_queries(partial(cache.statement, query))
 
     def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> T:
         """What the function returns, now that its query has been executed."""
@@ -97,34 +103,34 @@ class Creation(Single[Any]):
     """`instance.save(force_insert=True)` of a new instance whose model's methods are Peewee's.
 
     Where the database counts the keys, its two halves are written here, as they are in Peewee: it
-    is the one function that many requests call, and each call of it makes an INSERT.
+    is the one function that many requests call, and most of its time goes into an INSERT that is
+    as all the others.
     """
 
-    def __init__(self, instance: Any) -> None:
+    def __init__(self, instance: Any, db: Any) -> None:
         super().__init__(partial(instance.save, force_insert=True))
         self._instance = instance
+        self._db = db
         self._key = instance._meta.primary_key
-        self._insert: Any = None
 
-    def query(self) -> Any:
+    def statement(self, cache: SqlCache) -> tuple[str, list[Any]] | None:
         if type(self._key) not in _COUNTED:
-            return super().query()
+            return super().statement(cache)
         instance = self._instance
         row = instance.__data__.copy()
         instance._populate_unsaved_relations(row)
         if row.get(self._key.name) is None:
             row.pop(self._key.name, None)
-        self._insert = instance.insert(**row)
-        return self._insert
+        return without_queries(partial(cache.insertion, type(instance), row))
 
     def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> Any:
-        insert, instance = self._insert, self._instance
-        if insert is None:
+        if type(self._key) not in _COUNTED:
             return super().finish(cursor, others)
-        if insert._returning:
+        instance = self._instance
+        if self._db.returning_clause:
             (key,) = cursor.fetchone() or (None,)  # a trigger may have kept the row away
         else:
-            key = insert._database.last_insert_id(cursor, insert._query_type)
+            key = self._db.last_insert_id(cursor, peewee.Insert.SIMPLE)
         if key is not None:
             instance._pk = key
         instance._dirty.clear()

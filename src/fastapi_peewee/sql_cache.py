@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .shapes import WRITES, shape_of, shape_of_write
+from .shapes import SQL_MAKERS, WRITES, Shape, shape_of, shape_of_write
 from .templates import Template, compile_template
 
-#: How many shapes a database keeps.
+#: How many shapes a database keeps, and how many kinds of rows.
 _KEPT = 1000
 
 
@@ -25,12 +25,42 @@ class SqlCache:
         self._database = database
         #: None: the shape was seen once. False: it can't be cached.
         self._templates: dict[Any, Template | bool | None] = {}
+        #: Those of INSERTs, with the tables that they are for.
+        self._insertions: dict[Any, tuple[Any, Template]] = {}
 
     def statement(self, query: Any) -> tuple[str, list[Any]] | None:
         """The SQL and the parameters of a query, or None: then Peewee has to make them."""
         shape = shape_of_write(query) if type(query) in WRITES else shape_of(query)
         if shape is None:
             return None
+        template = self._template(query, shape)
+        return None if template is None else _bound(template, shape.values)
+
+    def insertion(self, model: Any, row: dict[str, Any]) -> tuple[str, list[Any]] | None:
+        """The same of `model.insert(**row)`, which is made for the first such rows only.
+
+        Args:
+            model: a class that has Peewee's `insert`.
+            row: values, by the names of the model's fields.
+        """
+        names = (model, self._database.returning_clause, *row)
+        values = list(row.values())
+        known = self._insertions.get(names)
+        # Whatever is changed in a model, its fields or its name, Peewee makes its table anew.
+        if known is not None and known[0] is model._meta.table:
+            made = any(isinstance(value, SQL_MAKERS) for value in values)
+            return None if made else _bound(known[1], values)
+        query = model.insert(**row)
+        shape = shape_of_write(query)
+        template = None if shape is None else self._template(query, shape)
+        if template is None:
+            return None
+        if len(self._insertions) >= _KEPT:
+            self._insertions.clear()
+        self._insertions[names] = model._meta.table, template
+        return _bound(template, values)
+
+    def _template(self, query: Any, shape: Shape) -> Template | None:
         template = self._templates.get(shape.key, True)
         if template is True:
             if len(self._templates) >= _KEPT:
@@ -42,7 +72,9 @@ class SqlCache:
             if isinstance(template, Template):
                 template.sql = Statement(template.sql)
             self._templates[shape.key] = template
-        if not isinstance(template, Template):
-            return None
-        parameters = template.bind(shape.values)
-        return None if parameters is None else (template.sql, parameters)
+        return template if isinstance(template, Template) else None
+
+
+def _bound(template: Template, values: list[Any]) -> tuple[str, list[Any]] | None:
+    parameters = template.bind(values)
+    return None if parameters is None else (template.sql, parameters)

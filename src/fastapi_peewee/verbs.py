@@ -84,7 +84,7 @@ class AsyncModelMixin:
             instance = without_queries(partial(cls, **query))
         except BlockingQuery:  # a default value asks the database
             return await _run(cls, "create", **query)
-        await db.run_single(Creation(instance), reads=False)
+        await db.run_single(Creation(instance, db), reads=False)
         return instance
 
     @classmethod
