@@ -104,6 +104,18 @@ async def create_all(note: Any, *wanted: Any) -> list[Any]:
     return await asyncio.gather(*made, return_exceptions=True)
 
 
+async def test_keys_that_the_insert_returns(tmp_path: Path) -> None:
+    """They are the instances' keys, as those that the driver tells are."""
+    options: dict[str, Any] = {"returning_clause": True}
+    async with connected(f"sqlite:///{tmp_path}/returning.db", **options) as db:
+        Note = await make(db)
+        made = [await Note.acreate(text=text) for text in ("one", "two", "three")]
+        assert [(await Note.aget(Note.text == note.text)).id for note in made] == [
+            note.id for note in made
+        ]
+        assert (await db.run(Note.create, text="four")).id == made[-1].id + 1
+
+
 async def test_what_comes_in_one_moment_shares_a_commit(
     db: Database, note: Any, batches: list[list[str]]
 ) -> None:

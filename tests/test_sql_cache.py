@@ -235,6 +235,43 @@ def test_rows_of_a_model_that_is_changed() -> None:
     assert cache.insertion(Thing, row) is None
 
 
+def test_rows_of_a_model_whose_column_has_the_name_of_another_field() -> None:
+    """Two names in a row may mean one field, to Peewee: values must not change places."""
+
+    class Swapped(Base):
+        name = peewee.TextField(column_name="title", null=True)
+        label = peewee.TextField(column_name="name", null=True)
+        email = peewee.TextField()
+
+    cache, row = SqlCache(SQLITE), {"name": "a", "label": "b", "email": "c"}
+    for _ in range(3):
+        assert inserted(cache, Swapped, row) in (None, made_anew(SQLITE, Swapped.insert(**row)))
+
+
+def test_rows_of_a_model_that_is_changed_while_its_sql_is_made() -> None:
+    """By another thread: what is remembered isn't taken for the new table's."""
+
+    class Log(peewee.Model):
+        text = peewee.TextField()
+
+        class Meta:
+            database = SQLITE
+
+    class Renaming(SqlCache):
+        def _template(self, query: Any, shape: Any) -> Any:
+            template = super()._template(query, shape)
+            if template is not None and Log._meta.table_name == "log":
+                Log._meta.set_table_name("other")
+            return template
+
+    cache, row = Renaming(SQLITE), {"text": "a"}
+    assert inserted(cache, Log, row) is None
+    assert inserted(cache, Log, row) is not None
+    for _ in range(3):
+        assert inserted(cache, Log, row) in (None, made_anew(SQLITE, Log.insert(**row)))
+    assert cache.insertion(Log, row) is not None
+
+
 def test_databases_that_return_keys_and_those_that_do_not() -> None:
     """Whether the INSERT returns the key belongs to the database, and may be set later."""
     database = peewee.SqliteDatabase(None)

@@ -96,7 +96,8 @@ class _Block:
         lease = await self.aenter_unbound()
         self._outer = self.db._state._state.get()
         self.db._state.bind(lease)
-        return self._entered
+        entered, self._entered = self._entered, None  # which may be the block itself
+        return entered
 
     async def __aexit__(
         self,
@@ -116,8 +117,7 @@ class _Block:
             self._entered = await result_of(call)
         except BaseException as error:
             # If it was entered, the task was cancelled meanwhile: nobody else will leave the block.
-            last = partial(self._end, error) if call.succeeded else _nothing
-            await leave(db, lease, last)
+            await leave(db, lease, partial(self._end, error) if call.succeeded else _nothing)
             raise
         self._lease, self._left = lease, False
         request = RequestScope.current.get()
@@ -189,10 +189,14 @@ async def leave(db: "Database", lease: Lease, last: Callable[[BaseException | No
     if lease.root.held is None:  # no connection was to be had, or wanted: there is nothing to leave
         db.end_lease(lease)
     else:
-        call = Call(db.pool, db._state, lease, partial(last, cancelled), db.end_lease)
-        await result_of(call, certain=True)
+        end = partial(last, cancelled)
+        await result_of(Call(db.pool, db._state, lease, end, db.end_lease), certain=True)
+        del end
     if cancelled is not None:
-        raise cancelled
+        try:
+            raise cancelled
+        finally:
+            del cancelled  # its traceback has this call
 
 
 def _nothing(cancelled: BaseException | None) -> None:

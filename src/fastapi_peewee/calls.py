@@ -104,7 +104,7 @@ class Call:
             del error  # see `take_error()`
 
     def take_error(self) -> BaseException | None:
-        """What was raised, or that it was dropped; None if it has succeeded.
+        """What was raised, or that it was dropped, once; None if it has succeeded.
 
         Afterwards the call has it no more: its traceback has the call, and both would stay until
         the collector comes.
@@ -205,6 +205,7 @@ async def result_of(call: Call, *, certain: bool = False) -> Any:
             if not certain:
                 call.interrupt()
             await uninterrupted(call.end())
+            call.take_error()  # that it was interrupted
         raise
     return call.result()
 
@@ -222,7 +223,10 @@ async def uninterrupted(future: asyncio.Future[Any]) -> asyncio.CancelledError |
                 await asyncio.wait({future})
             except asyncio.CancelledError as error:
                 cancelled = error
-    return cancelled
+    try:
+        return cancelled
+    finally:
+        del cancelled  # its traceback has this call
 
 
 async def run_follow_ups(lease: Lease) -> None:

@@ -173,7 +173,7 @@ class Database(AsyncNames, Reads):
         """
         if fn is None:
             return partial(self.retry, retries=retries, **options)
-        return Retrying(self, fn, retries, options).function
+        return Retrying(self, fn, retries, options).function()
 
     def __enter__(self) -> "Database":
         taken = self.connection_context() if self._state.homeless else None

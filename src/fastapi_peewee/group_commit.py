@@ -47,7 +47,7 @@ class _Write:
         try:
             self.cursor = Returned(self.context.run(conn.execute, self.sql, self.params))
         except BaseException as error:
-            hidden = error.__context__  # see `Database.raise_refused()`; it is lost in the task
+            hidden = error.__context__  # see `Database._refused()`; it is lost in the task
             self.error = hidden if isinstance(hidden, UNSENDABLE) else error
 
     def undo(self, error: BaseException | None = None) -> None:
@@ -97,6 +97,7 @@ class GroupCommit:
             await write.ended
         except asyncio.CancelledError:
             await self._abandon(write)
+            write.error = None  # its traceback has the write
             raise
         if write.error is None:
             return write.cursor

@@ -82,7 +82,10 @@ async def database_error(request: Request, error: Exception) -> JSONResponse:
     """
     kind = kind_of(error)
     if kind is None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this call
     if kind == "full":
         return JSONResponse({"detail": "database full"}, 507)
     if kind == "unknown":  # no Retry-After, by which a client may repeat what was done

@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import random
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,9 +66,12 @@ class Retrying:
         self._fn = fn
         self._retries = retries
         self._options = options
-        self.function = self._wrapped(fn)
+        self._made: weakref.ref[Callable[..., Any]] | None = None
 
-    def _wrapped(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def function(self) -> Callable[..., Any]:
+        """The function that tries again; to be asked for once."""
+        fn = self._fn
+
         @wraps(fn)
         def synchronous(*args: Any, **kwargs: Any) -> Any:
             once = partial(self._once, self._delays(), *args, **kwargs)
@@ -84,7 +88,14 @@ class Retrying:
 
         chosen: Any = asynchronous if inspect.iscoroutinefunction(fn) else synchronous
         chosen._fastapi_peewee_retrying = self
+        self._made = weakref.ref(chosen)
         return chosen
+
+    def made(self, fn: Any) -> bool:
+        """Whether this is that function. A decorator above it has copied its attributes, ours as
+        well, and wants to be called itself.
+        """
+        return self._made is not None and getattr(fn, "__func__", fn) is self._made()
 
     async def on_loop(
         self, fn: Callable[..., Any], call: Callable[[Callable[..., Any]], Awaitable[Any]]
@@ -142,6 +153,4 @@ def is_retried(fn: Any) -> bool:
 def retrying(fn: Any) -> Retrying | None:
     """What `@db.retry` has made of a function, if it is the outermost decorator; else None."""
     found: Retrying | None = getattr(fn, "_fastapi_peewee_retrying", None)
-    # A decorator above it has copied the attribute, and wants to be called.
-    ours = found is not None and getattr(fn, "__func__", fn) is found.function
-    return found if ours else None
+    return found if found is not None and found.made(fn) else None

@@ -44,21 +44,24 @@ class SqlCache:
             row: values, by the names of the model's fields.
         """
         names = (model, self._database.returning_clause, *row)
-        values = list(row.values())
+        # Peewee makes the table anew when a model gets another name, schema or field. It is read
+        # first: a thread may do that meanwhile.
+        table = model._meta.table
         known = self._insertions.get(names)
-        # Whatever is changed in a model, its fields or its name, Peewee makes its table anew.
-        if known is not None and known[0] is model._meta.table:
+        if known is not None and known[0] is table:
+            values = list(row.values())
             made = any(isinstance(value, SQL_MAKERS) for value in values)
             return None if made else _bound(known[1], values)
         query = model.insert(**row)
         shape = shape_of_write(query)
         template = None if shape is None else self._template(query, shape)
-        if template is None:
+        if shape is None or template is None:
             return None
-        if len(self._insertions) >= _KEPT:
-            self._insertions.clear()
-        self._insertions[names] = model._meta.table, template
-        return _bound(template, values)
+        if len(shape.values) == len(row):  # not two names of one field, as a column's and its own
+            if len(self._insertions) >= _KEPT:
+                self._insertions.clear()
+            self._insertions[names] = table, template
+        return _bound(template, shape.values)
 
     def _template(self, query: Any, shape: Shape) -> Template | None:
         template = self._templates.get(shape.key, True)

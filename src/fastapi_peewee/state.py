@@ -149,7 +149,7 @@ class Lease:
 
     def __init__(self, *, slot: Gate | None = None, parent: "Lease | None" = None) -> None:
         self.parent = parent
-        # None in the outermost: one that refers to itself would stay until the collector comes.
+        # None in the outermost, which would refer to itself when it has ended.
         self._outermost: Lease | None = None
         self.state: dict[str, Any]
         self.turn = Gate(1, free=0)  # whoever makes the lease has the first turn
