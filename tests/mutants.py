@@ -253,8 +253,8 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_Block.aenter_unbound",
-                "last = partial(self._end, error) if call.succeeded else _nothing",
-                "last = _nothing",
+                "await leave(db, lease, partial(self._end, error) if call.succeeded else _nothing)",
+                "await leave(db, lease, _nothing)",
             ),
         ),
         CANCELLATION,
