@@ -189,9 +189,9 @@ async def leave(db: "Database", lease: Lease, last: Callable[[BaseException | No
     if lease.root.held is None:  # no connection was to be had, or wanted: there is nothing to leave
         db.end_lease(lease)
     else:
-        end = partial(last, cancelled)
-        await result_of(Call(db.pool, db._state, lease, end, db.end_lease), certain=True)
-        del end
+        await result_of(
+            Call(db.pool, db._state, lease, partial(last, cancelled), db.end_lease), certain=True
+        )
     if cancelled is not None:
         try:
             raise cancelled
