@@ -187,14 +187,11 @@ async def test_a_statement_that_rolls_everything_back(
 ) -> None:
     """RAISE(ROLLBACK) ends the transaction that others share; they are executed anew."""
     made = await create_all(note, "a", "roll back 1", "b", "a", "roll back 2", "c")
-    assert [getattr(each, "text", str(each)) for each in made] == [
-        "a",
-        "rolled back",
-        "b",
-        "UNIQUE constraint failed: note.text",
-        "rolled back",
-        "c",
-    ]
+    first, *others = [getattr(each, "text", str(each)) for each in made]
+    second = others.pop(2)
+    # Each in a thread of its own by then: either may be the first.
+    assert {first, second} == {"a", "UNIQUE constraint failed: note.text"}
+    assert others == ["rolled back", "b", "rolled back", "c"]
     assert sorted(texts(db)) == ["a", "b", "c"]
     assert len(batches) == 1
     await at_rest(db)
