@@ -18,13 +18,15 @@ import pytest
 from fastapi import FastAPI
 
 from fastapi_peewee import Database, InTransaction, Peewee, respond
-from tests.apps import client
+from tests.apps import client, with_all_uses
 from tests.apps import db as db
 from tests.apps import no_collector as no_collector
 from tests.modes import Oops
 from tests.shop import BareUserOut, Models, UserOut
 
 REQUESTS = 3
+#: The paths of `with_all_uses()`.
+USES = ["/route", "/async", "/block", "/transaction", "/get_db", "/context"]
 #: Whose objects and calls are looked for. FastAPI's are its own.
 PACKAGES = {"fastapi_peewee", "peewee", "psycopg", "psycopg_binary", "pymysql", "sqlite3", "tests"}
 
@@ -67,13 +69,13 @@ def app(db: Database, shop: Models) -> FastAPI:
     def create_in_a_thread() -> Any:
         return User.create(name="bob")
 
-    @app.get("/block")
-    async def block() -> Any:
+    @app.get("/nested-blocks")
+    async def nested_blocks() -> Any:
         async with db.atomic(), db.atomic():
             return await db.run(User.select().count)
 
-    @app.get("/transaction")
-    def transaction(_: InTransaction) -> Any:
+    @app.get("/block-in-a-transaction")
+    def block_in_a_transaction(_: InTransaction) -> Any:
         with db.atomic():
             return User.select().count()
 
@@ -110,6 +112,7 @@ def app(db: Database, shop: Models) -> FastAPI:
     def lazy() -> Any:
         return {"id": 1, "name": "ann", "items": User.get_by_id(1).items}
 
+    assert with_all_uses(app, db) == USES
     return app
 
 
@@ -146,8 +149,9 @@ def _name_of_ours(each: Any) -> str:
         ("/instance", 200),
         ("/create", 200),
         ("/create-in-a-thread", 200),
-        ("/block", 200),
-        ("/transaction", 200),
+        ("/nested-blocks", 200),
+        ("/block-in-a-transaction", 200),
+        *((path, 200) for path in USES),
         ("/missing", 404),
         ("/missing-in-a-thread", 404),
         ("/refused", 409),

@@ -84,7 +84,7 @@ async def test_the_log_says_where_it_was_taken_and_where_it_is_used(
     clock = Clock()
     monkeypatch.setattr(db.pool._watch, "_clock", clock)
 
-    def slow() -> None:
+    def slow() -> None:  # one line, which it is at from the moment that it says so
         assert any(step() for step in (begun.set, go_on.wait))
 
     call = asyncio.create_task(db.run(slow))

@@ -7,7 +7,6 @@ import asyncio
 import inspect
 import random
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,10 +65,9 @@ class Retrying:
         self._fn = fn
         self._retries = retries
         self._options = options
-        self._made: weakref.ref[Callable[..., Any]] | None = None
 
     def function(self) -> Callable[..., Any]:
-        """The function that tries again; to be asked for once."""
+        """The function that tries again. It isn't kept here: it refers to this object."""
         fn = self._fn
 
         @wraps(fn)
@@ -88,14 +86,13 @@ class Retrying:
 
         chosen: Any = asynchronous if inspect.iscoroutinefunction(fn) else synchronous
         chosen._fastapi_peewee_retrying = self
-        self._made = weakref.ref(chosen)
         return chosen
 
     def made(self, fn: Any) -> bool:
-        """Whether this is that function. A decorator above it has copied its attributes, ours as
-        well, and wants to be called itself.
+        """Whether a function is ours. A decorator above it has copied its attributes, but not what
+        `functools.wraps` says, and wants to be called itself.
         """
-        return self._made is not None and getattr(fn, "__func__", fn) is self._made()
+        return getattr(fn, "__wrapped__", None) is self._fn
 
     async def on_loop(
         self, fn: Callable[..., Any], call: Callable[[Callable[..., Any]], Awaitable[Any]]

@@ -54,8 +54,7 @@ class SqlCache:
             return None if made else _bound(known[1], values)
         query = model.insert(**row)
         shape = shape_of_write(query)
-        template = None if shape is None else self._template(query, shape)
-        if shape is None or template is None:
+        if shape is None or (template := self._template(query, shape)) is None:
             return None
         if len(shape.values) == len(row):  # not two names of one field, as a column's and its own
             if len(self._insertions) >= _KEPT:

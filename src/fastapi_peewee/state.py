@@ -12,7 +12,7 @@ import weakref
 from _thread import start_new_thread
 from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from inspect import CO_GENERATOR
 from sys import _getframe
@@ -431,25 +431,20 @@ _validating: ContextVar[tuple[str, list[Exception]] | None] = ContextVar(
 )
 
 
-class lazy_loads_forbidden(AbstractContextManager[None]):  # noqa: N801 (used as a function)
+@contextmanager
+def lazy_loads_forbidden(endpoint: str) -> Iterator[None]:
     """Raise `LazyLoad` if a query runs inside, while the response of `endpoint` is validated."""
-
-    __slots__ = ("_endpoint", "_errors", "_token")
-
-    def __init__(self, endpoint: str) -> None:
-        self._endpoint = endpoint
-        self._errors: list[Exception] = []
-
-    def __enter__(self) -> None:
-        self._token = _validating.set((self._endpoint, self._errors))
-
-    def __exit__(self, *_: object) -> None:
-        _validating.reset(self._token)
-        if self._errors:  # Pydantic has made one of its own of it
+    errors: list[Exception] = []
+    token = _validating.set((endpoint, errors))
+    try:
+        yield
+    finally:
+        _validating.reset(token)
+        if errors:  # Pydantic has made one of its own of it
             try:
-                raise self._errors[0]
+                raise errors[0]
             finally:
-                self._errors.clear()  # its traceback has them
+                errors.clear()  # its traceback has them
 
 
 def forbid_lazy_load() -> None:
