@@ -118,6 +118,11 @@ async def read_row_by_row(db: Database, row: Any) -> None:
     await row.acreate(name="a")
 
 
+async def read_in_a_block(db: Database, row: Any) -> None:
+    async with db.atomic():
+        await read_row_by_row(db, row)
+
+
 async def left_early(db: Database, row: Any) -> None:
     async with aclosing(db.iterate(row.select().where(row.name == "old"), buffer_size=2)) as rows:
         async for _ in rows:
@@ -162,6 +167,7 @@ SCENARIOS = {
     "aconnect and aclose": Scenario(connected, ("", "a")),
     "aconnect alone": Scenario(never_closed, ("", "a")),
     "iterate": Scenario(read_row_by_row, ("", "a")),
+    "iterate in a block": Scenario(read_in_a_block, ("", "a")),
     "iterate, left early": Scenario(left_early, ("",)),
     "callbacks": Scenario(callbacks, ("", "a"), check=called_if_committed),
 }

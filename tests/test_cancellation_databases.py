@@ -56,11 +56,14 @@ async def test_at_every_await(db: Database, row: Any, name: str, by: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("around", [all_in_use, in_a_block])
-@pytest.mark.parametrize("name", ["a transaction in one call", "nested blocks", "iterate"])
+@pytest.mark.parametrize(
+    "name", ["a transaction in one call", "nested blocks", "iterate in a block"]
+)
 async def test_while_others_use_the_connection(
     db: Database, row: Any, name: str, around: Around
 ) -> None:
-    """So it is for one that waits for a connection, and for a part of a transaction."""
+    """So it is for one that waits for a connection, and for a part of a transaction that is a
+    block of its own."""
     for moment in MOMENTS:
         await cut_everywhere(db, row, SCENARIOS[name], by="task", moment=moment, around=around)
 

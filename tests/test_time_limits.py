@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from typing import Any
 
 import anyio
@@ -164,6 +164,35 @@ async def test_the_statement_of_a_cancelled_task_is_ended(
         await back_to_rest(db)
         for _ in range(5):
             assert (await db.aexecute_sql("SELECT 1"))[0][0] == 1
+
+
+@pytest.mark.parametrize("nested", [True, False])
+async def test_a_part_of_a_transaction_that_is_cancelled(nested: bool, database_url: str) -> None:
+    """The rest of the transaction goes on if that part is a block of its own. If it isn't, the rest
+    goes on, too, or is refused and nothing of it is stored."""
+    async with connected(database_url, pool_size=1) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        await db.acreate_tables([Note])
+
+        async def whole() -> None:
+            async with db.atomic():
+                await Note.acreate(text="a")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LIMIT), db.atomic() if nested else nullcontext():
+                        await db.aexecute_sql(slow(db))
+                await Note.acreate(text="b")
+
+        if nested or not isinstance(db, PostgresqlDatabase):
+            await whole()
+            assert await db.count(Note.select()) == 2
+        else:
+            with pytest.raises(peewee.InternalError, match="transaction is aborted"):
+                await whole()
+            assert await db.count(Note.select()) == 0
+        await back_to_rest(db)
 
 
 async def test_what_a_cut_client_left_behind_is_ended_by_the_server(postgres_url: str) -> None:
