@@ -64,6 +64,10 @@ async def note(db: Database) -> Any:
     return Note
 
 
+async def _arun(statements: Statements, sql: str, params: list[Any]) -> Any:
+    return await statements.arun(sql, params)
+
+
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The threads in which compiled statements are run."""
@@ -107,9 +111,37 @@ async def test_values(db: Database, mode: str, value: Any) -> None:
             if mode == "thread":
                 found = statements.run(sql, [value])
             else:
-                found = asyncio.run(statements.arun(sql, [value]))
+                found = asyncio.run(_arun(statements, sql, [value]))
             assert statements.rows(found) == [(expected,)]
             assert column(found) == [expected and expected.encode()] or not expected
+
+    await db.run(check)
+
+
+async def test_what_is_registered_later(db: Database) -> None:
+    """What somebody adds to a connection's adapters holds from the next statement on."""
+
+    class Loud(str):
+        pass
+
+    class Shouting(psycopg.types.string.StrDumper):
+        def dump(self, obj: str) -> bytes:
+            return obj.upper().encode()
+
+    class Counting(psycopg.types.numeric.IntLoader):
+        def load(self, data: Any) -> int:
+            return super().load(data) + 1
+
+    def check() -> None:
+        statements = Statements(db.connection())
+
+        def found() -> list[Any]:
+            return statements.rows(statements.run("SELECT %s::text, 1", [Loud("a")]))
+
+        assert [found() for _ in range(3)] == [[("a", 1)]] * 3
+        db.connection().adapters.register_dumper(Loud, Shouting)
+        db.connection().adapters.register_loader("int4", Counting)
+        assert [found() for _ in range(3)] == [[("A", 2)]] * 3
 
     await db.run(check)
 
@@ -128,7 +160,7 @@ async def test_values_that_are_refused(db: Database, mode: str, value: Any) -> N
                 if mode == "thread":
                     statements.run("SELECT %s", [value])
                 else:
-                    asyncio.run(statements.arun("SELECT %s", [value]))
+                    asyncio.run(_arun(statements, "SELECT %s", [value]))
         assert column(statements.run("SELECT 'a'", [])) == [b"a"]
 
     await db.run(check)
@@ -587,7 +619,7 @@ async def test_what_a_server_no_longer_knows(db: Database, mode: str) -> None:
         assert read() == [("1",)]
 
     def loop_run(statements: Statements, sql: str) -> Any:
-        return asyncio.run(statements.arun(sql, ["1"]))
+        return asyncio.run(_arun(statements, sql, ["1"]))
 
     await db.run(work)
 

@@ -15,7 +15,7 @@ from fastapi_peewee import (
     TransactionAborted,
     connect,
 )
-from fastapi_peewee.outcomes import READS
+from fastapi_peewee.outcomes import only_reads
 from fastapi_peewee.refusals import kind_of
 from soak.proxy import Proxy
 from tests.apps import BLOCKS, client, make_app
@@ -434,4 +434,4 @@ def test_a_transaction_begun_by_hand_is_the_users(sqlite_url: str) -> None:
 )
 def test_what_only_reads(sql: str, reads: bool) -> None:
     """A statement of which nothing is unknown when it isn't answered."""
-    assert (READS.match(sql) is not None) == reads
+    assert only_reads(sql) == reads

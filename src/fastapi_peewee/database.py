@@ -319,7 +319,7 @@ class Database(AsyncNames, Reads):
     # Using a lease.
 
     def execute(self, query: Any, **context_options: Any) -> Any:
-        if (instead := single.executing.get()) is not None:
+        if (instead := single.executing.instead) is not None:
             return instead(query)
         statement = None if context_options else self._sql_cache.statement(query)
         if statement is None:
@@ -328,7 +328,7 @@ class Database(AsyncNames, Reads):
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         forbid_lazy_load()
-        if single.executing.get() is not None:
+        if single.executing.instead is not None:
             raise BlockingQuery
         lease = self._state.lease()
         if lease is None:

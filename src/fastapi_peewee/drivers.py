@@ -29,7 +29,11 @@ def shut_down(fd: int) -> None:
 
 def readable(sock: Any) -> bool:
     """Whether there is something to read from a socket, its end included."""
-    return bool(wait_for(sock, 1, 0))
+    if not hasattr(select, "poll"):  # on Windows
+        return bool(wait_for(sock, 1, 0))
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def wait_for(sock: Any, what: int, seconds: float) -> int:

@@ -13,11 +13,11 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 from .drivers import wait_for
-from .sockets import Watch
+from .sockets import Steps, Watch
 
 #: How many statements a connection knows at most; each takes memory of the server's.
 _MOST = 300
@@ -43,7 +43,9 @@ class Statements:
 
         self._pq = pq
         self._auto = adapt.PyFormat.AUTO
-        self._adapter = adapt.Transformer
+        self._new_adapter = adapt.Transformer
+        self._adapter: Any = None
+        self._asked = -1
         self._conn = conn
         self._pgconn = conn.pgconn
         #: Whether the connection can be used in this way; else psycopg's cursors have to do it.
@@ -63,10 +65,9 @@ class Statements:
                 method, arguments = steps.send(result)
                 result = getattr(self._pgconn, method)(*arguments)
         except StopIteration as done:
-            result = done.value
-        return self._checked(result)
+            return done.value
 
-    async def arun(self, sql: str, params: Sequence[Any]) -> Any:
+    def arun(self, sql: str, params: Sequence[Any]) -> Coroutine[Any, Any, Any]:
         """The same on the event loop, without a thread.
 
         If it is cancelled, or fails otherwise than with an error of the statement's, an answer may
@@ -75,26 +76,26 @@ class Statements:
         Raises:
             Unwatchable: this event loop can't watch its socket; nothing was sent.
         """
-        watch = Watch.of(self._conn)
-        steps, result = self._steps(sql, params), None
-        try:
-            while True:
-                method, arguments = steps.send(result)
-                result = await watch.ask(_SENDERS[method], arguments)
-        except StopIteration as done:
-            result = done.value
-        return self._checked(result)
+        return Watch.of(self._conn).ask(self._steps(sql, params))
 
     def rows(self, result: Any) -> list[Any]:
         """The rows of a result, as a cursor would return them."""
-        adapter = self._adapter(self._conn)
+        adapter = self._adapted()
         adapter.set_pgresult(result)
         rows: list[Any] = adapter.load_rows(0, result.ntuples, tuple)
+        adapter.set_pgresult(None)
         return rows
 
     def forget(self) -> None:
         """Take none of them for known any more: the server may have dropped them."""
         self._names.clear()
+
+    def _adapted(self) -> Any:
+        """What converts values. It is kept, since it finds out about each type once."""
+        if self._asked != self._conn.adapters_asked:
+            self._adapter = self._new_adapter(self._conn)
+            self._asked = self._conn.adapters_asked
+        return self._adapter
 
     def _checked(self, result: Any) -> Any:
         status = self._pq.ExecStatus
@@ -106,9 +107,9 @@ class Statements:
             raise psycopg.errors.error_from_result(result)
         return result
 
-    def _steps(self, sql: str, params: Sequence[Any]) -> Generator[tuple[str, Any], Any, Any]:
+    def _steps(self, sql: str, params: Sequence[Any]) -> Steps:
         """Yields what to ask the server for, is sent the results, and returns the last one."""
-        adapter = self._adapter(self._conn)
+        adapter = self._adapted()
         values = adapter.dump_sequence(params, [self._auto] * len(params))
         types, formats = adapter.types, adapter.formats
         key = (sql, types)
@@ -117,20 +118,20 @@ class Statements:
             if key not in self._names:
                 if len(self._names) < _MOST:
                     self._names[key] = None
-                return (yield "exec_params", (_command(sql), values, types, formats))
+                result = yield "exec_params", (_command(sql), values, types, formats)
+                return self._checked(result)
             self._count += 1
             name = b"fastapi_peewee_%d" % self._count
             result = yield "prepare", (name, _command(sql), types)
-            if result.status != self._pq.ExecStatus.COMMAND_OK:
-                return result
+            self._checked(result)
             self._names[key] = name
         result = yield "exec_prepared", (name, values, formats)
         if result.error_field(self._pq.DiagnosticField.SQLSTATE) in _STALE:
             # In a transaction, that is lost by now.
             self._names.clear()
             if self._pgconn.transaction_status == self._pq.TransactionStatus.IDLE:
-                return (yield "exec_params", (_command(sql), values, types, formats))
-        return result
+                result = yield "exec_params", (_command(sql), values, types, formats)
+        return self._checked(result)
 
 
 #: What the server says of a prepared statement that it has no more (after DEALLOCATE ALL or DISCARD
@@ -198,14 +199,6 @@ def column(result: Any) -> list[bytes]:
     return [result.get_value(i, 0) for i in range(result.ntuples)]
 
 
-#: libpq's functions that only send, for those that wait for the answer, too.
-_SENDERS = {
-    "exec_params": "send_query_params",
-    "exec_prepared": "send_query_prepared",
-    "prepare": "send_prepare",
-}
-
-
 @functools.cache
 def connection_class() -> type[Any]:
     """psycopg's connection, which an event loop may watch, and whose `connect_timeout` may be any
@@ -222,6 +215,13 @@ def connection_class() -> type[Any]:
         #: Whether statements may be prepared. `prepare_threshold=None` is psycopg's way to say that
         #: they may not: a pooler would give them to others.
         keeps_statements = True
+        #: How often somebody has asked for `adapters`, and may have added to them.
+        adapters_asked = 0
+
+        @property
+        def adapters(self) -> Any:
+            self.adapters_asked += 1
+            return super().adapters
 
         def close(self) -> None:
             super().close()

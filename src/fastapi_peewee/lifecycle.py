@@ -125,7 +125,7 @@ class PeeweeMiddleware:
         request: RequestScope | None = scope.get("fastapi_peewee")
         if request is not None:  # another database's middleware, or an application around this one
             self._enter(request, scope)
-            await self._unbound(scope, receive, send)
+            await self._inner()(scope, receive, send)
             return
         request = scope["fastapi_peewee"] = RequestScope()
         self._enter(request, scope)
@@ -139,7 +139,7 @@ class PeeweeMiddleware:
             await send(message)
 
         try:
-            await self._unbound(scope, receive, send_free)
+            await self._inner()(scope, receive, send_free)
         finally:
             RequestScope.current.reset(token)
             if request.holds_anything:
@@ -154,12 +154,12 @@ class PeeweeMiddleware:
             getattr(request.app, "debug", False) if forbid is None else forbid
         )
 
+    def _inner(self) -> ASGIApp:
+        return self.app if self.db._state._state.get() is None else self._unbound
+
     async def _unbound(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A request made inside of another, in one process, must not inherit its connection.
         outer = self.db._state._state.get()
-        if outer is None:
-            await self.app(scope, receive, send)
-            return
         self.db._state.bind(None)
         try:
             await self.app(scope, receive, send)

@@ -28,7 +28,7 @@ _SHAPES_KEPT = 256
 
 def is_query(value: Any) -> bool:
     """Whether this is something that one can execute."""
-    return isinstance(value, peewee.BaseQuery | PreparedQuery)
+    return isinstance(value, (peewee.BaseQuery, PreparedQuery))  # no union, which is made anew
 
 
 class Plans:

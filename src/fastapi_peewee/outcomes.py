@@ -5,6 +5,7 @@ tried again: it loses the connection before it has answered a COMMIT; it rolls a
 back while the block around it goes on; it answers COMMIT with ROLLBACK.
 """
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
     from .state import PeeweeConnectionState
 
 #: A SELECT may call a function that writes, which nobody can tell; a WITH shows what it does.
-READS = re.compile(
+_READS = re.compile(
     r"[\s(]*(SELECT|VALUES|SHOW|DESCRIBE|PRAGMA|"
     r"(WITH|EXPLAIN)(?!.*\b(INSERT|UPDATE|DELETE|MERGE|REPLACE)\b))\b",
     re.IGNORECASE | re.DOTALL,
 )
+
+
+@functools.lru_cache(maxsize=1024)
+def only_reads(sql: str) -> bool:
+    """Whether nothing is unknown of a statement that isn't answered."""
+    return _READS.match(sql) is not None
 
 
 class Outcomes(peewee.Database):
@@ -71,7 +78,7 @@ class Outcomes(peewee.Database):
             aborted = getattr(state, "aborted", None)
             if aborted is not None:
                 raise TransactionAborted(aborted)
-        elif READS.match(sql) is None:
+        elif not only_reads(sql):
             unsure = self.is_closed() or state.conn is None or self.is_open(state.conn)
         try:
             return super()._execute_cursor(sql, params, **options)

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from threading import get_ident
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from .database import REFUSED, Database
 from .drivers import cause_of, isolation, readable, shut_down
 from .exceptions import OutcomeUnknown
 from .libpq import Cursor, Statements, answer, ask, column, connection_class
-from .outcomes import READS
+from .outcomes import only_reads
 from .sockets import Unwatchable
 from .sql_cache import Statement
 from .state import Lease, forbid_lazy_load, translate_driver_errors
@@ -104,7 +104,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
     def read_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes]:
         lease = self._state.lease()
-        if lease is not None and lease.owner == get_ident() and self._unwatched(sql):
+        usual = not (self.watched or self.taints(sql))
+        if usual and lease is not None and lease.owner == get_ident():
             forbid_lazy_load()
             self._state.guard()
             statements = _statements(lease)
@@ -117,27 +118,27 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return super().read_texts(sql, params)
 
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
-        if not self._unwatched(sql):
+        if self._state.lease() is not None or self.watched:
             return None
         return await self._on_the_loop(sql, params, lambda _, result: column(result))
 
-    async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
-        if not self._unwatched(sql):
-            return None
-        return await self._on_the_loop(sql, params, Cursor.of)
+    def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Coroutine[Any, Any, Any]:
+        return self._on_the_loop(sql, params, Cursor.of)
 
     async def _on_the_loop(
         self, sql: str, params: Sequence[Any], read: Callable[[Statements, Any], T]
     ) -> T | None:
-        """Run a statement outside of any block. None if that can't be; then nothing was sent."""
-        if self._state.lease() is not None:
+        """Run a statement outside of any block, that nobody watches. None if that can't be; then
+        nothing was sent.
+        """
+        if self.taints(sql):
             return None
         lease = await self.pool.acquire()
         try:
             if not self.pool.connect_at_once(lease) or (statements := _statements(lease)) is None:
                 return None
             conn = lease.held.conn
-            unsure = READS.match(sql) is None and self.is_open(conn)
+            unsure = not only_reads(sql) and self.is_open(conn)
             try:
                 with self.pool.waiting(lease), translate_driver_errors:
                     return read(statements, await statements.arun(sql, params))
@@ -162,10 +163,6 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         self.interrupt(conn)
         with suppress(Exception):  # the connection is lost
             answer(conn.pgconn, _CANCEL_TIMEOUT)
-
-    def _unwatched(self, sql: str) -> bool:
-        """Whether nobody wants to see it, and it leaves the session as it was."""
-        return not self.watched and not self.taints(sql)
 
     def texts(self, cursor: Any) -> list[bytes]:
         return column(cursor.pgresult)
@@ -270,9 +267,11 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         shut_down(conn.pgconn.socket)
 
     def clean(self, conn: Any, lease: Lease) -> bool:
+        status = conn.pgconn.transaction_status
+        if not (status or lease.tainted or lease.server_cursors):  # idle, which is 0, and unchanged
+            return True
         from psycopg.pq import ExecStatus, TransactionStatus
 
-        status = conn.pgconn.transaction_status
         try:
             if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
                 conn.rollback()

@@ -7,10 +7,10 @@ the same functions up to there each time. What they call, default values and con
 queries of its own: on the event loop these are refused.
 """
 
+import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import peewee
 
@@ -18,10 +18,19 @@ from .exceptions import BlockingQuery
 from .sql_cache import SqlCache
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
-#: What is called in this context with a query, instead of the database, and returns the cursor.
-executing: ContextVar[Callable[[Any], Any] | None]
-executing = ContextVar("fastapi_peewee_executing", default=None)
+
+class _Executing(threading.local):
+    """What this thread calls with a query, instead of the database; it returns the cursor.
+
+    Not of a context, which tasks that are started inside would have as well.
+    """
+
+    instead: Callable[[Any], Any] | None = None
+
+
+executing = _Executing()
 
 
 class _Found(BaseException):
@@ -35,13 +44,13 @@ def _find(query: Any) -> Any:
 
 def query_of(fn: Callable[[], Any]) -> Any:
     """The query that `fn()` executes, which isn't executed; None if there is none."""
-    token = executing.set(_find)
+    before, executing.instead = executing.instead, _find
     try:
         fn()
     except _Found as found:
         return found.query
     finally:
-        executing.reset(token)
+        executing.instead = before
     return None
 
 
@@ -49,13 +58,13 @@ def refuse(_: Any) -> Any:
     raise BlockingQuery
 
 
-def without_queries(fn: Callable[[], T]) -> T:
-    """`fn()`, which raises `BlockingQuery` if it executes a query."""
-    token = executing.set(refuse)
+def without_queries(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """`fn(…)`, which raises `BlockingQuery` if it executes a query."""
+    before, executing.instead = executing.instead, refuse
     try:
-        return fn()
+        return fn(*args, **kwargs)
     finally:
-        executing.reset(token)
+        executing.instead = before
 
 
 def with_result(fn: Callable[[], T], cursor: Any, others: Callable[[Any], Any] | None = None) -> T:
@@ -65,14 +74,14 @@ def with_result(fn: Callable[[], T], cursor: Any, others: Callable[[Any], Any] |
     """
 
     def once(_: Any) -> Any:
-        executing.set(others)
+        executing.instead = others
         return cursor
 
-    token = executing.set(once)
+    before, executing.instead = executing.instead, once
     try:
         return fn()
     finally:
-        executing.reset(token)
+        executing.instead = before
 
 
 class Single(Generic[T]):
@@ -88,7 +97,7 @@ class Single(Generic[T]):
             BlockingQuery: for that, the database has to be asked.
         """
         query = query_of(self.fn)
-        return None if query is None else without_queries(partial(cache.statement, query))
+        return None if query is None else without_queries(cache.statement, query)
 
     def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> T:
         """What the function returns, now that its query has been executed."""
@@ -121,7 +130,7 @@ class Creation(Single[Any]):
         instance._populate_unsaved_relations(row)
         if row.get(self._key.name) is None:
             row.pop(self._key.name, None)
-        return without_queries(partial(cache.insertion, type(instance), row))
+        return without_queries(cache.insertion, type(instance), row)
 
     def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> Any:
         if type(self._key) not in _COUNTED:

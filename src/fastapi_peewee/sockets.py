@@ -1,16 +1,29 @@
 """The sockets of PostgreSQL's connections, as event loops watch them.
 
-Nothing here knows of statements.
+Nothing here knows of SQL.
 """
 
 import asyncio
 import os
 import weakref
+from collections.abc import Generator
 from typing import Any
 
 #: Seconds after which a socket is looked at though the event loop said nothing: uvloop forgets one
 #: with an error (POLLERR), as that of a server that was killed, without calling anybody.
 _LOOK_EVERY = 0.1
+
+
+#: What asks for something in one or more steps: a generator that yields a function of libpq's which
+#: waits for an answer, and its arguments, and is sent the last result.
+Steps = Generator[tuple[str, Any], Any, Any]
+
+#: The functions of libpq's that only send, for those that wait.
+_SENDERS = {
+    "exec_params": "send_query_params",
+    "exec_prepared": "send_query_prepared",
+    "prepare": "send_prepare",
+}
 
 
 class Unwatchable(Exception):
@@ -61,21 +74,28 @@ class Watch:
             watch = conn.watch = cls(conn.pgconn, loop)
         return watch
 
-    async def ask(self, method: str, arguments: Any) -> Any:
-        """The last result of what one of libpq's functions sends."""
-        answered = self._answered = self.loop.create_future()
-        self._looks.add(self)
+    async def ask(self, steps: Steps) -> Any:
+        """What these steps return, which are taken without waiting in the thread."""
+        self._looks.watches.add(self)
+        self._looks.go_on(self.loop)
+        result = None
         try:
-            getattr(self._pgconn, method)(*arguments)
-            if self._pgconn.flush():  # the rest is sent when the socket takes it
-                self.loop.add_writer(self._fd, self.send)
-                self._is_sending = True
-            await answered
-            return self._results[-1]
+            while True:
+                method, arguments = steps.send(result)
+                answered = self._answered = self.loop.create_future()
+                getattr(self._pgconn, _SENDERS[method])(*arguments)
+                if self._pgconn.flush():  # the rest is sent when the socket takes it
+                    self.loop.add_writer(self._fd, self.send)
+                    self._is_sending = True
+                await answered
+                self._has_sent()
+                result, self._results = self._results[-1], []
+        except StopIteration as done:
+            return done.value
         finally:
             self._has_sent()
             self._answered, self._results = None, []
-            self._looks.discard(self)
+            self._looks.watches.discard(self)
 
     def send(self) -> None:
         """Give the socket more of what is to be sent."""
@@ -133,27 +153,20 @@ class _Looks:
     """Has all sockets that tasks of one event loop wait for looked at, now and then."""
 
     def __init__(self) -> None:
-        self._watches: set[Watch] = set()
+        self.watches: set[Watch] = set()
         self._is_due = False
 
-    def add(self, watch: Watch) -> None:
-        self._watches.add(watch)
-        self._go_on(watch.loop)
-
-    def discard(self, watch: Watch) -> None:
-        self._watches.discard(watch)
-
-    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+    def go_on(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._is_due:
             self._is_due = True
             loop.call_later(_LOOK_EVERY, self._look, loop)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._is_due = False
-        for watch in list(self._watches):
+        for watch in list(self.watches):
             watch.read()
-        if self._watches:
-            self._go_on(loop)
+        if self.watches:
+            self.go_on(loop)
 
 
 _looks: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Looks]"

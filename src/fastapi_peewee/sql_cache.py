@@ -50,8 +50,10 @@ class SqlCache:
         known = self._insertions.get(names)
         if known is not None and known[0] is table:
             values = list(row.values())
-            made = any(isinstance(value, SQL_MAKERS) for value in values)
-            return None if made else _bound(known[1], values)
+            for value in values:
+                if isinstance(value, SQL_MAKERS):
+                    return None
+            return _bound(known[1], values)
         query = model.insert(**row)
         shape = shape_of_write(query)
         if shape is None or (template := self._template(query, shape)) is None:

@@ -16,7 +16,7 @@ from .database import REFUSED, Database
 from .drivers import ISOLATION_LEVELS, Returned, cause_of, isolation
 from .group_commit import GroupCommit
 from .inline import InlineReader
-from .outcomes import READS
+from .outcomes import only_reads
 from .pool import PoolStats
 from .reads import encoded
 from .state import Lease, translate_driver_errors
@@ -159,7 +159,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
         lease = self._state.lease()
         # The transaction's turn, a read, or a connection whose end nobody would see.
-        if lease is None or self._state.writing is not None or READS.match(sql) is not None:
+        if lease is None or self._state.writing is not None or only_reads(sql):
             return super()._execute_cursor(sql, params, **options)
         conn = None if lease.root.held is None else lease.root.held.conn
         if conn is None or conn.in_transaction:
@@ -199,7 +199,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
         if self.taints(sql):
             return None
-        if READS.match(sql) is not None:
+        if only_reads(sql):
             return await self._read_inline(sql, params)
         if self._attached:  # a transaction would lock those files, too
             return None

@@ -17,7 +17,7 @@ from contextvars import ContextVar, Token
 from inspect import CO_GENERATOR
 from sys import _getframe
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import peewee
 from peewee import (
@@ -426,39 +426,56 @@ def allow_sync() -> Iterator[None]:
         _sync_allowed.reset(token)
 
 
-_validating: ContextVar[tuple[str, list[Exception]] | None] = ContextVar(
-    "fastapi_peewee_validating", default=None
-)
+class lazy_loads_forbidden:  # noqa: N801 (a context manager, called as a function is)
+    """Raise `LazyLoad` if this thread runs a query inside, while it validates a response.
 
+    Args:
+        endpoint: whose response it is.
+    """
 
-@contextmanager
-def lazy_loads_forbidden(endpoint: str) -> Iterator[None]:
-    """Raise `LazyLoad` if a query runs inside, while the response of `endpoint` is validated."""
-    errors: list[Exception] = []
-    token = _validating.set((endpoint, errors))
-    try:
-        yield
-    finally:
-        _validating.reset(token)
-        if errors:  # Pydantic has made one of its own of it
+    __slots__ = ("_around", "_endpoint", "_error")
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._error: LazyLoad | None = None
+
+    def __enter__(self) -> None:
+        self._around, _validating.now = _validating.now, self
+
+    def __exit__(self, *_: object) -> None:
+        _validating.now = self._around
+        error, self._error = self._error, None  # its traceback has this
+        if error is not None:  # Pydantic has made one of its own of it
             try:
-                raise errors[0]
+                raise error
             finally:
-                errors.clear()  # its traceback has them
+                del error
+
+    def refuse(self) -> NoReturn:
+        error = LazyLoad(_what_is_read(), self._endpoint)
+        self._error = self._error or error
+        try:
+            raise error
+        finally:
+            del error
+
+
+class _Validating(threading.local):
+    now: lazy_loads_forbidden | None = None
+
+
+_validating = _Validating()
 
 
 def forbid_lazy_load() -> None:
     """Called before a query runs."""
-    validating = _validating.get()
-    if validating is not None:
-        endpoint, errors = validating
-        errors.append(LazyLoad(_what_is_read(), endpoint))
-        raise errors[-1]
+    if _validating.now is not None:
+        _validating.now.refuse()
 
 
 def _what_is_read() -> str:
     """The relation whose access makes Peewee run a query: what the frames above say."""
-    found, frame = "Something", _getframe(2)
+    found, frame = "Something", _getframe(3)
     while frame.f_back is not None:
         it = frame.f_locals.get("self")
         if isinstance(it, ForeignKeyAccessor) and "instance" in frame.f_locals:

@@ -81,7 +81,7 @@ class AsyncModelMixin:
         if not (db.writes_on_the_loop and _is_single(model, "create")):
             return await _run(cls, "create", **query)
         try:
-            instance = without_queries(partial(cls, **query))
+            instance = without_queries(cls, **query)
         except BlockingQuery:  # a default value asks the database
             return await _run(cls, "create", **query)
         await db.run_single(Creation(instance, db), reads=False)
