@@ -282,7 +282,8 @@ def look(db: Database) -> list[Any]:
         assert conn.info.transaction_status == 0
         return list(db.execute_sql("SHOW transaction_read_only").fetchone())
     assert not conn.server_status & 1
-    return list(db.execute_sql("SELECT @@tx_read_only").fetchone())
+    setting = "tx_read_only" if db.mariadb else "transaction_read_only"
+    return list(db.execute_sql(f"SELECT @@{setting}").fetchone())
 
 
 Around = Callable[[Database, Any, Cut], AbstractAsyncContextManager[None]]

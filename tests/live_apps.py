@@ -237,10 +237,16 @@ def tagging() -> ASGIApp:
         for name, setting in {"timeout": "POOL_TIMEOUT", "max_waiting": "POOL_MAX_WAITING"}.items()
         if setting in os.environ
     }
+    options: dict[str, Any] = {}
+    if os.environ["DATABASE_URL"].startswith("mysql"):
+        # Else MySQL's own server locks the gap where a row was that a savepoint has taken back, and
+        # some requests are victims of deadlocks.
+        options["init_command"] = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
     db = connect(
         os.environ["DATABASE_URL"],
         pool_size=int(os.environ["POOL_SIZE"]),
         **pool_settings,  # type: ignore[arg-type]
+        **options,
     )
     tags = Tags(db)
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from pydantic import create_model
 
-from fastapi_peewee.json_sql import MYSQL, POSTGRESQL, SQLITE
+from fastapi_peewee.json_sql import MARIADB, MYSQL, POSTGRESQL, SQLITE
 from fastapi_peewee.loading import Plans
 from tests.fidelity import (
     TEXTS,
@@ -152,9 +152,10 @@ def _line(db: Any, table: str, field: Any) -> Any:
 def test_each_line_of_the_tables_is_built_by_the_database(database_url: str) -> None:
     """A class of field and a type that are in a table: the plan is json, its answer Pydantic's."""
     dialect = database_url.partition(":")[0]
-    lines = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": MYSQL}[dialect]
     wrong = []
     with connection(database_url) as db:
+        mysql = MARIADB if getattr(db, "mariadb", False) else MYSQL
+        lines = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mysql": mysql}[dialect]
         for number, (path, name) in enumerate(lines):
             field, values = _field(path, name)
             table = f"line{number}"

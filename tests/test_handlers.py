@@ -136,6 +136,8 @@ async def test_a_value_that_the_database_refuses(
     sqlite = isinstance(db, peewee.SqliteDatabase)
     if sqlite and name in ("too long", "out of range"):
         pytest.skip("SQLite stores it")
+    if isinstance(db, peewee.MySQLDatabase) and not db.mariadb and error == "check":
+        fields = []  # MySQL numbers those without a name
     model = getattr(models, model_name)
     app = make_app(db)
 
@@ -152,11 +154,11 @@ async def test_a_value_that_the_database_refuses(
     assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
     details = response.json()["detail"]
-    assert [detail["type"] for detail in details] == [error] * len(fields)
-    assert [detail["msg"] for detail in details] == [MESSAGES[error]] * len(fields)
-    assert [set(detail) for detail in details] == [{"type", "loc", "msg"}] * len(fields)
-    places = [detail["loc"] for detail in details]
-    assert sorted(places) == sorted(["body", field] for field in fields)
+    expected = [["body", field] for field in fields] or [["body"]]
+    assert [detail["type"] for detail in details] == [error] * len(expected)
+    assert [detail["msg"] for detail in details] == [MESSAGES[error]] * len(expected)
+    assert [set(detail) for detail in details] == [{"type", "loc", "msg"}] * len(expected)
+    assert sorted(detail["loc"] for detail in details) == sorted(expected)
     assert await db.run(lambda: sum(each.select().count() for each in models)) == ROWS
 
 

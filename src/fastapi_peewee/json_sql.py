@@ -176,7 +176,7 @@ POSTGRESQL = _table(
 
 _MYSQL_UUID = _DASHES.replace("||", ",")
 
-MYSQL = _table(
+MARIADB = _table(
     ((*_KEYS, *_INTEGERS), "int", "{v}"),
     (_FLOATS, "float", "{v}"),
     ((peewee.DecimalField,), "decimal", "CAST({v} AS CHAR)"),
@@ -187,7 +187,9 @@ MYSQL = _table(
     (
         (peewee.TimeField,),
         "time",
-        "IF(MICROSECOND({v}), TIME_FORMAT({v}, '%H:%i:%s.%f'), TIME_FORMAT({v}, '%H:%i:%s'))",
+        # What is rounded up to 24:00:00 is read as 00:00:00.
+        "DATE_FORMAT(ADDTIME('2000-01-01 00:00:00', {v}), "
+        "IF(MICROSECOND({v}), '%H:%i:%s.%f', '%H:%i:%s'))",
     ),
     (
         (peewee.DateTimeField,),
@@ -202,6 +204,17 @@ MYSQL = _table(
     ((peewee.BinaryUUIDField,), "uuid", "lower(concat(" + _MYSQL_UUID.format("hex({v})") + "))"),
     ((peewee.IPField,), "str", "INET_NTOA({v})"),
     ((peewee.JSONField, "playhouse.mysql_ext.MySQLJSONField"), "any", "JSON_EXTRACT({v},'$')"),
+)
+
+MYSQL = MARIADB | _table(
+    # A FLOAT is read as the six digits that it is sent as.
+    ((peewee.FloatField,), "float", "CAST(CAST({v} AS CHAR) AS DOUBLE)"),
+    # TRUE is 1.
+    (
+        (peewee.BooleanField,),
+        "bool",
+        "CASE WHEN {v} THEN CAST('true' AS JSON) WHEN NOT {v} THEN CAST('false' AS JSON) END",
+    ),
 )
 
 #: Levels of rows in rows that every database's parser has room for. That of SQLite 3.40
@@ -428,7 +441,7 @@ class PostgresqlJson(_Wrapping):
 
 
 class MysqlJson(_Wrapping):
-    """MySQL from 8.0.14."""
+    """MySQL from 8.0.17."""
 
     leaves = MYSQL
     function = "JSON_OBJECT"
@@ -452,6 +465,8 @@ class MariadbJson(MysqlJson):
     Each list's query is rendered in a context of its own, with other numbers for its tables, so
     that it can name a column of the query around it.
     """
+
+    leaves = MARIADB
 
     def child(self, relation: Relation, link: Part) -> Part:
         if isinstance(link, str):
