@@ -15,6 +15,7 @@ from contextlib import closing
 from typing import Any
 
 import anyio
+import peewee
 import pytest
 
 from fastapi_peewee import Database
@@ -45,7 +46,8 @@ def pool_threads() -> int:
 def outcomes(db: Any) -> dict[int, str]:
     """What each request has written."""
     found: dict[int, str] = defaultdict(str)
-    for (name,) in db.execute_sql("SELECT name FROM row WHERE name <> 'old' ORDER BY name"):
+    rows = peewee.Table("row", ("name",)).bind(db)
+    for (name,) in rows.select(rows.name).where(rows.name != "old").order_by(rows.name).tuples():
         found[int(name[:-1])] += name[-1]
     return found
 

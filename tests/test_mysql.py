@@ -1,5 +1,6 @@
 """MySQL and MariaDB: what is said to a server, and what is made of what it says."""
 
+import datetime
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from fastapi_peewee import connect
 from fastapi_peewee.mysql import MySQLDatabase
-from tests.apps import connected
+from tests.apps import client, connected, make_app
 
 
 @pytest.fixture
@@ -17,6 +18,23 @@ async def db(mysql_url: str) -> AsyncIterator[MySQLDatabase]:
     async with connected(mysql_url) as db:
         assert isinstance(db, MySQLDatabase)
         yield db
+
+
+async def test_a_time_that_can_not_be_rounded_up(db: MySQLDatabase) -> None:
+    """MySQL rounds the last moment of the last year up to none: that is 422. MariaDB cuts it."""
+
+    class Note(db.Model):
+        at = peewee.DateTimeField()
+
+    await db.acreate_tables([Note])
+    app = make_app(db)
+
+    @app.post("/")
+    async def write() -> None:
+        await Note.acreate(at=datetime.datetime.max)
+
+    async with client(app) as http:
+        assert (await http.post("/")).status_code == (200 if db.mariadb else 422)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ _MYSQL: dict[int, Kind] = {
     **dict.fromkeys((1216, 1217, 1451, 1452), "reference"),
     **dict.fromkeys((1369, 3819, 4025), "check"),
     **dict.fromkeys((1048, 1138, 1263, 1364), "missing"),
-    **dict.fromkeys((1153, 1264, 1265, 1292, 1366, 1406, 1411, 1690, 3140), "data"),
+    **dict.fromkeys((1153, 1264, 1265, 1292, 1366, 1406, 1411, 1441, 1690, 3140), "data"),
     **dict.fromkeys((1020, 1205, 1213, 1317, 1969, 3024, 3572), "busy"),
     **dict.fromkeys((0, 1040, 1053, 1203, 1226, 1927, 2002, 2003, 2006, 2013, 2055), "unavailable"),
     **dict.fromkeys((4031,), "unavailable"),
