@@ -239,9 +239,10 @@ def tagging() -> ASGIApp:
     }
     options: dict[str, Any] = {}
     if os.environ["DATABASE_URL"].startswith("mysql"):
-        # Else MySQL's own server locks the gap where a row was that a savepoint has taken back, and
-        # some requests are victims of deadlocks.
-        options["init_command"] = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
+        # For MySQL's own server, which else locks the gap where a row was that a savepoint has
+        # taken back: some requests would be victims of deadlocks. MariaDB reads a comment there.
+        level = "/*!80000 , SESSION transaction_isolation = 'READ-COMMITTED' */"
+        options["init_command"] = f"SET @mysql = 1 {level}"
     db = connect(
         os.environ["DATABASE_URL"],
         pool_size=int(os.environ["POOL_SIZE"]),

@@ -55,9 +55,15 @@ async def test_at_every_await(db: Database, row: Any, name: str, by: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("around", [all_in_use, in_a_block])
 @pytest.mark.parametrize(
-    "name", ["a transaction in one call", "nested blocks", "iterate in a block"]
+    ("name", "around"),
+    [
+        ("iterate", all_in_use),
+        *itertools.product(
+            ("a transaction in one call", "nested blocks", "iterate in a block"),
+            (all_in_use, in_a_block),
+        ),
+    ],
 )
 async def test_while_others_use_the_connection(
     db: Database, row: Any, name: str, around: Around

@@ -18,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 
 from fastapi_peewee import Database, InTransaction, Peewee, respond
-from tests.apps import client, with_all_uses
+from tests.apps import client, connected, with_all_uses
 from tests.apps import db as db
 from tests.apps import no_collector as no_collector
 from tests.modes import Oops
@@ -172,6 +172,28 @@ async def test_a_request_leaves_nothing_to_the_collector(
             assert (await http.get(path)).status_code == status
 
         assert await left(request) == []
+
+
+async def test_a_lost_connection_leaves_nothing_to_the_collector(
+    postgres_url: str, no_collector: None
+) -> None:
+    """A statement on the event loop whose connection is lost is free when it has failed."""
+    ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+    ended += "WHERE datname = current_database() AND starts_with(query, 'SELECT pg_sleep')"
+    async with connected(postgres_url, pool_size=2) as db:
+
+        def end() -> None:
+            while db.execute_sql(ended).fetchone() == (0,):
+                pass
+
+        async def lost() -> None:
+            await db.run(int)  # there is a connection
+            ending = asyncio.create_task(db.run(end))
+            with pytest.raises(peewee.OperationalError):
+                await db.aread_texts("SELECT pg_sleep(30)::text", [])
+            await ending
+
+        assert await left(lost) == []
 
 
 async def test_a_block_leaves_nothing_to_the_collector(

@@ -146,6 +146,19 @@ async def test_what_is_registered_later(db: Database) -> None:
     await db.run(check)
 
 
+async def test_settings_that_change(db: Database) -> None:
+    """A value is read as the session's settings have it by now, also if a function set them."""
+
+    def check() -> None:
+        statements = Statements(db.connection())
+        for zone, hours in (("UTC", 0), ("Asia/Tokyo", 9), ("UTC", 0)):
+            statements.run("SELECT set_config('TimeZone', %s, false)", [zone])
+            [(now,)] = statements.rows(statements.run("SELECT now()", []))
+            assert now.utcoffset() == datetime.timedelta(hours=hours)
+
+    await db.run(check)
+
+
 @pytest.mark.parametrize("mode", ["thread", "loop"])
 @pytest.mark.parametrize("value", REFUSED, ids=repr)
 async def test_values_that_are_refused(db: Database, mode: str, value: Any) -> None:

@@ -10,7 +10,7 @@ import anyio
 import peewee
 import pytest
 
-from fastapi_peewee import Database
+from fastapi_peewee import Database, TransactionAborted
 from fastapi_peewee.mysql import MySQLDatabase
 from fastapi_peewee.postgresql import PostgresqlDatabase
 from soak.faults import sessions
@@ -168,8 +168,8 @@ async def test_the_statement_of_a_cancelled_task_is_ended(
 
 @pytest.mark.parametrize("nested", [True, False])
 async def test_a_part_of_a_transaction_that_is_cancelled(nested: bool, database_url: str) -> None:
-    """The rest of the transaction goes on if that part is a block of its own. If it isn't, the rest
-    goes on, too, or is refused and nothing of it is stored."""
+    """The rest of the transaction goes on if that part is a block of its own and has only read. If
+    not, the rest goes on, too, or is refused and nothing of it is stored."""
     async with connected(database_url, pool_size=1) as db:
 
         class Note(db.Model):
@@ -192,6 +192,26 @@ async def test_a_part_of_a_transaction_that_is_cancelled(nested: bool, database_
             with pytest.raises(peewee.InternalError, match="transaction is aborted"):
                 await whole()
             assert await db.count(Note.select()) == 0
+        await back_to_rest(db)
+
+
+async def test_a_part_that_writes_and_is_cancelled_costs_sqlite_the_whole(sqlite_url: str) -> None:
+    """SQLite ends the transaction with a statement that writes, also in a block of its own: the
+    rest is refused, and nothing of it is stored."""
+    async with connected(sqlite_url, pool_size=1) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        await db.acreate_tables([Note])
+        with pytest.raises(TransactionAborted):
+            async with db.atomic():
+                await Note.acreate(text="a")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LIMIT), db.atomic():
+                        await db.aexecute_sql(f"INSERT INTO note (text) {slow(db)}")
+                await Note.acreate(text="b")
+        assert await db.count(Note.select()) == 0
         await back_to_rest(db)
 
 

@@ -43,9 +43,9 @@ class Statements:
 
         self._pq = pq
         self._auto = adapt.PyFormat.AUTO
-        self._new_adapter = adapt.Transformer
-        self._adapter: Any = None
-        self._asked = -1
+        self._new_transformer = adapt.Transformer
+        self._transformer: Any = None
+        self._made_for: Any = None
         self._conn = conn
         self._pgconn = conn.pgconn
         #: Whether the connection can be used in this way; else psycopg's cursors have to do it.
@@ -80,22 +80,34 @@ class Statements:
 
     def rows(self, result: Any) -> list[Any]:
         """The rows of a result, as a cursor would return them."""
-        adapter = self._adapted()
-        adapter.set_pgresult(result)
-        rows: list[Any] = adapter.load_rows(0, result.ntuples, tuple)
-        adapter.set_pgresult(None)
+        transformer = self._converting()
+        transformer.set_pgresult(result)
+        try:
+            rows: list[Any] = transformer.load_rows(0, result.ntuples, tuple)
+        finally:
+            transformer.set_pgresult(None)
         return rows
 
     def forget(self) -> None:
         """Take none of them for known any more: the server may have dropped them."""
         self._names.clear()
 
-    def _adapted(self) -> Any:
-        """What converts values. It is kept, since it finds out about each type once."""
-        if self._asked != self._conn.adapters_asked:
-            self._adapter = self._new_adapter(self._conn)
-            self._asked = self._conn.adapters_asked
-        return self._adapter
+    def _converting(self) -> Any:
+        """psycopg's converter of values. It is kept, since it finds out about each type once, and
+        made anew when somebody may have registered another one, or a setting has changed that
+        psycopg looks at when it finds out.
+        """
+        status = self._pgconn.parameter_status
+        settings = (
+            status(b"TimeZone"),
+            status(b"DateStyle"),
+            status(b"IntervalStyle"),
+            status(b"client_encoding"),
+        )
+        if self._made_for != (self._conn.adapters_asked, settings):
+            self._transformer = self._new_transformer(self._conn)  # which asks, too
+            self._made_for = self._conn.adapters_asked, settings
+        return self._transformer
 
     def _checked(self, result: Any) -> Any:
         status = self._pq.ExecStatus
@@ -109,9 +121,9 @@ class Statements:
 
     def _steps(self, sql: str, params: Sequence[Any]) -> Steps:
         """Yields what to ask the server for, is sent the results, and returns the last one."""
-        adapter = self._adapted()
-        values = adapter.dump_sequence(params, [self._auto] * len(params))
-        types, formats = adapter.types, adapter.formats
+        transformer = self._converting()
+        values = transformer.dump_sequence(params, [self._auto] * len(params))
+        types, formats = transformer.types, transformer.formats
         key = (sql, types)
         name = self._names.get(key)
         if name is None:

@@ -128,8 +128,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     async def _on_the_loop(
         self, sql: str, params: Sequence[Any], read: Callable[[Statements, Any], T]
     ) -> T | None:
-        """Run a statement outside of any block, that nobody watches. None if that can't be; then
-        nothing was sent.
+        """Run a statement. None if that can't be; then nothing was sent. See
+        `aexecute_compiled()` for what the caller has seen.
         """
         if self.taints(sql):
             return None

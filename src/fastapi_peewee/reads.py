@@ -90,9 +90,10 @@ class Reads(Outcomes):
     reads_on_the_loop = writes_on_the_loop = False
 
     async def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Any:
-        """Run one of Peewee's statements on the event loop, outside of any block, which nobody
-        watches. Returns a cursor with all rows, which `again()` makes unread; None where that can't
-        be, or not now: then nothing was sent.
+        """Run one of Peewee's statements on the event loop. Returns a cursor with all rows, which
+        `again()` makes unread; None where that can't be, or not now: then nothing was sent.
+
+        The caller has seen that no block is open, and that nobody watches statements.
         """
         raise NotImplementedError
 

@@ -82,12 +82,13 @@ class Watch:
         try:
             while True:
                 method, arguments = steps.send(result)
-                answered = self._answered = self.loop.create_future()
+                # In no variable: an error that it has would have this frame, and the frame it.
+                self._answered = self.loop.create_future()
                 getattr(self._pgconn, _SENDERS[method])(*arguments)
                 if self._pgconn.flush():  # the rest is sent when the socket takes it
                     self.loop.add_writer(self._fd, self.send)
                     self._is_sending = True
-                await answered
+                await self._answered
                 self._has_sent()
                 result, self._results = self._results[-1], []
         except StopIteration as done:
@@ -114,8 +115,7 @@ class Watch:
 
     def read(self) -> None:
         """Take what has come."""
-        answered = self._answered
-        if answered is None:  # what a thread has asked for, or the server has hung up
+        if self._answered is None:  # what a thread has asked for, or the server has hung up
             self.end()
             return
         try:
@@ -123,11 +123,11 @@ class Watch:
             while not self._pgconn.is_busy():
                 result = self._pgconn.get_result()
                 if result is None:
-                    _settle(answered)
+                    _settle(self._answered)
                     return
                 self._results.append(result)
         except Exception as error:
-            _settle(answered, error)
+            _settle(self._answered, error)
             self.end()
 
 

@@ -136,7 +136,6 @@ class Lease:
         "follow_ups",
         "generation",
         "held",
-        "lazy_loads_forbidden",
         "owner",
         "parent",
         "patience",
