@@ -31,7 +31,7 @@ def readable(sock: Any) -> bool:
     """Whether there is something to read from a socket, its end included."""
     if not hasattr(select, "poll"):  # on Windows
         return bool(wait_for(sock, 1, 0))
-    poll = select.poll()
+    poll = select.poll()  # asked before each write, for which `wait_for()` does too much
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
 
