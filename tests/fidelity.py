@@ -443,10 +443,10 @@ STRANGE: dict[str, list[Any]] = {
     "int": [1.5, "12", "abc", -0.0, b"1"],
     "small": [1e300],
     "float": ["abc", 3, b"x"],
-    "char": [b"bytes", b"\xc3\xbc", 12, 1.5],
+    "char": [b"bytes", b"\xc3\xbc", b"", b"\x17abc", 12, 1.5],  # the fourth is JSON to SQLite from 3.45
     "text": [b"bytes"],
     "fixed": ["  both  ", "\ttab\t", "much too long a text"],
-    "bool": [2, "", "f", "0", 0.5],
+    "bool": [2, "", "f", "0", 0.5, b""],
     "date": ["2024-01-01 10:00:00", "20240101", "2024-01-01T10:00:00.123456", ""],
     "time": ["10:00", "10:00:00.5", "2024-01-01 10:00:00", "10:00:00.123"],
     "datetime": [

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_serializer,
     model_validator,
 )
@@ -132,15 +133,15 @@ EVE = {"id": 3, "name": "Eve", "items": []}
 
 NESTED = {
     "sqlite": (
-        """SELECT json_group_array(json_object('id', _fp."c0", 'name', """
-        """CASE WHEN typeof(_fp."c1") IN ('text','null') THEN _fp."c1" """
-        """ELSE json('?'||_fp."c1") END, """
-        """'items', (SELECT json_group_array(json_object('id', _fp1."c0", 'title', """
-        """CASE WHEN typeof(_fp1."c1") IN ('text','null') THEN _fp1."c1" """
-        """ELSE json('?'||_fp1."c1") END"""
-        """)) FROM (SELECT "t1"."id" AS "c0", "t1"."title" AS "c1" FROM "item" AS "t1" """
+        """SELECT json_group_array(json_object('id', _fp."c0", 'name', _fp."c1", """
+        """'items', (SELECT json_group_array(json_object('id', _fp1."c0", 'title', _fp1."c1")) """
+        """FROM (SELECT "t1"."id" AS "c0", """
+        """CASE WHEN "t1"."title" < '' COLLATE BINARY OR "t1"."title" >= x'' """
+        """THEN json('?'||"t1"."title") ELSE "t1"."title" END AS "c1" FROM "item" AS "t1" """
         """WHERE ("t1"."owner_id" = _fp."c0") ORDER BY "t1"."id") _fp1))) FROM ("""
-        """SELECT "t1"."id" AS "c0", "t1"."name" AS "c1" FROM "user" AS "t1" """
+        """SELECT "t1"."id" AS "c0", """
+        """CASE WHEN "t1"."name" < '' COLLATE BINARY OR "t1"."name" >= x'' """
+        """THEN json('?'||"t1"."name") ELSE "t1"."name" END AS "c1" FROM "user" AS "t1" """
         """WHERE ("t1"."name" != ?) ORDER BY "t1"."name") _fp"""
     ),
     "postgresql": (
@@ -161,6 +162,44 @@ NESTED = {
         "WHERE (`t1`.`name` != %s) ORDER BY `t1`.`name` LIMIT 18446744073709551615) _fp"
     ),
 }
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("column", ["text", "flag", "number"])
+@pytest.mark.parametrize("value", ["x", "", "1", None, 1, 12, 1.5, b"", b"bytes", b"\x17abc"])
+def test_a_column_of_sqlite_that_may_hold_anything(
+    sqlite_url: str, value: Any, column: str, distinct: bool
+) -> None:
+    """What a column without a type holds is read as its field reads it, or refused as Pydantic
+    refuses it. (The last one would be JSON to SQLite from 3.45.)
+    """
+
+    class Out(BaseModel):
+        text: str | None
+        flag: bool | None
+        number: int | None
+
+    with connection(sqlite_url) as db:
+
+        class Loose(db.Model):
+            text = peewee.CharField(null=True)
+            flag = peewee.BooleanField(null=True)
+            number = peewee.IntegerField(null=True)
+
+        db.execute_sql('CREATE TABLE "loose" ("id" INTEGER PRIMARY KEY, "text", "flag", "number")')
+        db.execute_sql(f'INSERT INTO "loose" ("{column}") VALUES (?)', (value,))
+        query = Loose.select()
+        plans = Plans(list[Out])
+        best = plans.plan(query.distinct() if distinct else query)
+        assert best.kind == "json", best.reason
+
+        def outcome(found: Plan) -> Any:
+            try:
+                return answer(found, plans, db)
+            except ValidationError as error:
+                return error.errors(include_url=False)
+
+        assert outcome(best) == outcome(InstancePlan(plans.response, query, "asked for"))
 
 
 def test_the_statement(db: Any, models: SimpleNamespace, database_url: str) -> None:

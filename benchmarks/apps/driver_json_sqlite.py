@@ -13,17 +13,16 @@ from .driver_sqlite import connection
 
 _ITEM = "json_object('title', title, 'description', description, 'id', id, 'owner_id', owner_id)"
 # ORDER BY in a subquery, not in the aggregate: SQLite has that since 3.44 only.
-_ITEMS = f"SELECT json_group_array(json({_ITEM})) FROM (SELECT * FROM item"
+# What is JSON already needs no json() around it, which would parse it again.
+_ITEMS = f"SELECT json_group_array({_ITEM}) FROM (SELECT * FROM item"
 _USER = f"""
     json_object(
-        'email', email, 'id', id, 'is_active', json(iif(is_active, 'true', 'false')),
-        'items', json((
-            {_ITEMS} WHERE owner_id = user.id ORDER BY id)
-        ))
+        'email', email, 'id', id, 'is_active', iif(is_active, json('true'), json('false')),
+        'items', ({_ITEMS} WHERE owner_id = user.id ORDER BY id))
     )
 """
 READ_USERS = f"""
-    SELECT json_group_array(json({_USER}))
+    SELECT json_group_array({_USER})
     FROM (SELECT * FROM user ORDER BY id LIMIT ? OFFSET ?) AS user
 """
 READ_USER = f"SELECT {_USER} FROM user WHERE id = ?"

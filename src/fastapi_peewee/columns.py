@@ -25,13 +25,15 @@ class Narrowed:
         names: the names of the columns, in the same order.
         places: for each part of the tree, by its `id()`, the index of its column. A relation's is
             that of its `link`.
+        pruned: whether its columns could be chosen, and so could expressions in their place.
     """
 
     def __init__(self, query: Any, tree: Tree) -> None:
         self.nodes: list[Any] = list(query._returning)
         self.names: list[str] = []
         self.places: dict[int, int] = {}
-        if _prunable(query):
+        self.pruned = _prunable(query)
+        if self.pruned:
             self.query = self._prune(query, tree)
         else:
             self.query = query

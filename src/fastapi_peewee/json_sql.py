@@ -65,19 +65,21 @@ _PG_SECONDS = (
 
 #: A column of SQLite's may hold anything. What isn't as Peewee writes it ends the statement with
 #: "malformed JSON", and the rows are read instead. (A constant would be evaluated beforehand.)
-_STRANGE = "ELSE json('?'||{v}) END"
+_MALFORMED = "json('?'||{v})"
+_STRANGE = f"ELSE {_MALFORMED} END"
+#: Numbers come before all texts there, and blobs after them.
+_ONLY_TEXT = (
+    f"CASE WHEN {{v}} < '' COLLATE BINARY OR {{v}} >= x'' THEN {_MALFORMED} ELSE {{v}} END"
+)
+_ONLY_INTEGER = f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} {_STRANGE}"
 _SPACES = "".join(map(chr, filter(lambda i: chr(i).isspace(), range(1, 0x3001))))
 _ZONED = "replace(replace({v},' ','T'),'+00:00','Z')"
 
 SQLITE = _table(
     (_KEYS, "int", "{v}"),
-    (
-        _INTEGERS,
-        "int",
-        f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} {_STRANGE}",
-    ),
+    (_INTEGERS, "int", _ONLY_INTEGER),
     (_FLOATS, "float", "json(fastapi_peewee_float({v}))"),
-    (_TEXTS, "str", f"CASE WHEN typeof({{v}}) IN ('text','null') THEN {{v}} {_STRANGE}"),
+    (_TEXTS, "str", _ONLY_TEXT),
     (
         (peewee.FixedCharField,),
         "str",
@@ -86,7 +88,7 @@ SQLITE = _table(
     (
         (peewee.BooleanField,),
         "bool",
-        "json(CASE WHEN {v} IS NULL THEN 'null' WHEN {v} IN (0,'') THEN 'false' ELSE 'true' END)",
+        f"CASE {{v}} WHEN 1 THEN json('true') WHEN 0 THEN json('false') {_STRANGE}",
     ),
     ((peewee.DateField,), "date", f"CASE WHEN {{v}} GLOB '????-??-??' THEN {{v}} {_STRANGE}"),
     (
@@ -264,9 +266,13 @@ class JsonSql:
         """
         return None
 
-    def inner(self, query: Any) -> Any:
-        """The query as it must be written inside."""
-        return query
+    def inner(self, tree: Tree, narrowed: Narrowed) -> Any:
+        """`narrowed.query` as it must be written inside."""
+        return narrowed.query
+
+    def checked_inside(self, tree: Tree, narrowed: Narrowed) -> dict[int, str]:
+        """The columns whose template is applied by `inner()`, by place."""
+        return {}
 
     def child(self, relation: Relation, link: Part) -> Part:
         """The JSON of a relation's row or rows; `link` is the parent's column."""
@@ -281,6 +287,7 @@ class JsonSql:
         for leaf, node in expressions(narrowed, tree):
             if not (isinstance(node, peewee.Function) and node.name == "COUNT"):
                 raise NoJson(f"{leaf.key} is an expression")
+        inside = self.checked_inside(tree, narrowed)
         shown = [part for part in tree.fields if not part.excluded]
         if not 0 < len(shown) <= self.most_pairs:
             raise NoJson(f"{tree.schema.__name__} has no fields or more than {self.most_pairs}")
@@ -295,11 +302,8 @@ class JsonSql:
             if isinstance(part, Relation):
                 yield key, [self.child(part, value)]
                 continue
-            first, *others = self._literal(self._template(part)).split("{v}")
-            parts: list[Part] = [first]
-            for other in others:
-                parts += [value, other]
-            yield key, parts
+            template = "{v}" if narrowed.place(part) in inside else self._template(part)
+            yield key, _filled(self._literal(template), value)
 
     def _template(self, leaf: Leaf) -> str:
         kind = leaf.core["type"]
@@ -371,7 +375,7 @@ class _Wrapping(JsonSql):
         narrowed = Narrowed(self._children(relation, peewee.SQL(link)), relation.tree)
         name = self._name()
         value = self._object(relation.tree, narrowed, name)
-        text, params = self._text(narrowed.query)
+        text, params = self._text(relation.tree, narrowed)
         self.params += params
         if relation.many:
             value = self.aggregate.format(value)
@@ -385,8 +389,8 @@ class _Wrapping(JsonSql):
     def _columns_of(self, narrowed: Narrowed, name: str) -> Callable[[int], str]:
         return lambda i: f"{name}.{self._quote(narrowed.names[i])}"
 
-    def _text(self, query: Any) -> tuple[str, list[Any]]:
-        text, params = self.db.get_sql_context().parse(self.inner(query))
+    def _text(self, tree: Tree, narrowed: Narrowed) -> tuple[str, list[Any]]:
+        text, params = self.db.get_sql_context().parse(self.inner(tree, narrowed))
         return text, params
 
     def _quote(self, name: str) -> str:
@@ -412,6 +416,33 @@ class SqliteJson(_Wrapping):
             return None
         return listed
 
+    def inner(self, tree: Tree, narrowed: Narrowed) -> Any:
+        checks = self.checked_inside(tree, narrowed)
+        if not checks:
+            return narrowed.query
+        query = narrowed.query.clone()
+        query._returning = [
+            _checked(checks[place], node.unwrap(), name) if place in checks else node
+            for place, (node, name) in enumerate(zip(narrowed.nodes, narrowed.names, strict=True))
+        ]
+        return query
+
+    def checked_inside(self, tree: Tree, narrowed: Narrowed) -> dict[int, str]:
+        """Values that only have to be looked at: outside of the query SQLite copies them for each
+        look. Not those of a relation's link, which would lose its column's affinity.
+        """
+        if not narrowed.pruned:
+            return {}
+        links = {narrowed.place(relation) for relation in tree.relations}
+        return {
+            place: template
+            for leaf in tree.leaves
+            if leaf.field is not None
+            and not leaf.excluded
+            and (place := narrowed.place(leaf)) not in links
+            and (template := self._template(leaf)) in (_ONLY_TEXT, _ONLY_INTEGER)
+        }
+
     def _literal(self, text: str) -> str:
         return text
 
@@ -430,7 +461,7 @@ class PostgresqlJson(_Wrapping):
         narrowed = Narrowed(self._children(relation, peewee.SQL(link)), relation.tree)
         name = self._name()
         values = self._values(relation.tree, narrowed, name)
-        text, params = self._text(narrowed.query)
+        text, params = self._text(relation.tree, narrowed)
         self.params += params
         rows = f"SELECT row_to_json({name}r) FROM (SELECT {values} FROM ({text}) {name}) {name}r"
         return f"array_to_json(array({rows}))" if relation.many else f"({rows})"
@@ -451,7 +482,8 @@ class MysqlJson(_Wrapping):
     def _quote(self, name: str) -> str:
         return self._literal("`" + name.replace("`", "``") + "`")
 
-    def inner(self, query: Any) -> Any:
+    def inner(self, tree: Tree, narrowed: Narrowed) -> Any:
+        query = narrowed.query
         return query if query._limit is not None else query.limit(_ALL)
 
 
@@ -515,6 +547,20 @@ class MariadbJson(MysqlJson):
         ctx.alias_manager._counter = 100 * self._sources
         text, params = ctx.parse(query)
         return f"({text})", params
+
+
+def _filled(template: str, value: Part) -> list[Part]:
+    first, *others = template.split("{v}")
+    parts: list[Part] = [first]
+    for other in others:
+        parts += [value, other]
+    return parts
+
+
+def _checked(template: str, node: Any, name: str) -> Any:
+    """Of Peewee's nodes, which statements that are kept may contain (`shapes`)."""
+    parts = [peewee.SQL(part) if isinstance(part, str) else part for part in _filled(template, node)]
+    return peewee.Alias(peewee.NodeList(parts, glue=""), name)
 
 
 def _limit(limit: Any) -> Any:

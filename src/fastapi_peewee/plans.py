@@ -90,7 +90,7 @@ class JsonPlan(Plan):
         self._before_all = listed or self._before
         self._many = response.many and listed is None
         self._params = sql.params
-        self._query = sql.inner(narrowed.query)
+        self._query = sql.inner(tree, narrowed)
 
     def statement(self, db: Any) -> tuple[str, list[Any]]:
         return self._statement(db, self._before_all)
