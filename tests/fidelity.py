@@ -443,7 +443,7 @@ STRANGE: dict[str, list[Any]] = {
     "int": [1.5, "12", "abc", -0.0, b"1"],
     "small": [1e300],
     "float": ["abc", 3, b"x"],
-    "char": [b"bytes", b"\xc3\xbc", b"", b"\x17abc", 12, 1.5],  # the fourth is JSON to SQLite from 3.45
+    "char": [b"bytes", b"\xc3\xbc", b"", b"\x17abc", 12, 1.5],
     "text": [b"bytes"],
     "fixed": ["  both  ", "\ttab\t", "much too long a text"],
     "bool": [2, "", "f", "0", 0.5, b""],

@@ -68,9 +68,7 @@ _PG_SECONDS = (
 _MALFORMED = "json('?'||{v})"
 _STRANGE = f"ELSE {_MALFORMED} END"
 #: Numbers come before all texts there, and blobs after them.
-_ONLY_TEXT = (
-    f"CASE WHEN {{v}} < '' COLLATE BINARY OR {{v}} >= x'' THEN {_MALFORMED} ELSE {{v}} END"
-)
+_ONLY_TEXT = f"CASE WHEN {{v}} < '' COLLATE BINARY OR {{v}} >= x'' THEN {_MALFORMED} ELSE {{v}} END"
 _ONLY_INTEGER = f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} {_STRANGE}"
 _SPACES = "".join(map(chr, filter(lambda i: chr(i).isspace(), range(1, 0x3001))))
 _ZONED = "replace(replace({v},' ','T'),'+00:00','Z')"
@@ -559,8 +557,9 @@ def _filled(template: str, value: Part) -> list[Part]:
 
 def _checked(template: str, node: Any, name: str) -> Any:
     """Of Peewee's nodes, which statements that are kept may contain (`shapes`)."""
-    parts = [peewee.SQL(part) if isinstance(part, str) else part for part in _filled(template, node)]
-    return peewee.Alias(peewee.NodeList(parts, glue=""), name)
+    parts = _filled(template, node)
+    nodes = [peewee.SQL(part) if isinstance(part, str) else part for part in parts]
+    return peewee.Alias(peewee.NodeList(nodes, glue=""), name)
 
 
 def _limit(limit: Any) -> Any:
