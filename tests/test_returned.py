@@ -1,5 +1,6 @@
 """Endpoints that return queries, instances, or nothing: the response model decides what is read."""
 
+import asyncio
 import functools
 import gc
 import weakref
@@ -580,3 +581,27 @@ async def test_lazy_loads_can_be_forbidden(
         with pytest.raises(LazyLoad, match=rf"^{relation} was read .* of \S+{path[1:]} \({path}\)"):
             async with client(app, raises=True) as http:
                 await http.get(path)
+
+
+async def test_a_validator_that_starts_a_task(db: Database, models: Models) -> None:
+    """The task may ask the database, though the validator may not."""
+    tasks: list[asyncio.Task[int]] = []
+
+    class Starting(BaseModel):
+        id: int
+
+        @field_validator("id")
+        @classmethod
+        def start(cls, id: int) -> int:
+            tasks.append(asyncio.create_task(db.run(models.User.select().count)))
+            return id
+
+    app = FastAPI()
+    Peewee(db, forbid_lazy_loads=True).init_app(app)
+
+    @app.get("/", response_model=Starting)
+    async def endpoint() -> Any:
+        return {"id": 1}
+
+    assert await answer(app) == (200, {"id": 1})
+    assert await asyncio.gather(*tasks) == [2]
