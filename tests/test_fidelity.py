@@ -1,6 +1,6 @@
 """A query returned from an endpoint gives the JSON that Pydantic gives for loaded instances.
 
-`make soak` takes many more cases than the suite does: FIDELITY_CASES for each database.
+`make soak-answers` takes many more cases than the suite does: FIDELITY_CASES for each database.
 """
 
 import datetime
@@ -34,13 +34,20 @@ from tests.fidelity import (
 )
 
 CASES = int(os.environ.get("FIDELITY_CASES", "550"))
-#: A soak goes on for as long as it takes.
-TIMEOUT = 300 if CASES < 2000 else 36_000
+#: A soak goes on for as long as it takes, and says how far it is.
+SOAK = CASES >= 2000
+TIMEOUT = 36_000 if SOAK else 300
 
 many_cases = settings(
     max_examples=CASES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+def note(name: str, counts: Counter[str], outcome: str) -> None:
+    event(outcome)
+    if SOAK and counts.total() % 500 == 0:
+        print(f"{name}: {counts.total():,} of {CASES:,} cases agree", flush=True)
 
 
 def check_shares(counts: Counter[str]) -> None:
@@ -67,7 +74,7 @@ def test_every_plan_answers_as_pydantic_does(database_url: str) -> None:
         @many_cases
         @given(case=cases(family))
         def check(case: Case) -> None:
-            event(compare(family, case, counts))
+            note(family.dialect, counts, compare(family, case, counts))
 
         check()
     print(f"{family.dialect}: {dict(counts)}")
@@ -86,7 +93,7 @@ def test_drawn_models_answer_as_pydantic_does() -> None:
             family, case = both
             with db.atomic() as transaction:
                 db.create_tables(family.tables)
-                event(compare(family, case, counts))
+                note("drawn", counts, compare(family, case, counts))
                 transaction.rollback()
 
         check()
