@@ -562,3 +562,38 @@ async def test_a_text_that_is_no_number(postgres_url: str) -> None:
         with pytest.raises(peewee.DataError) as failure:
             await db.aexecute_sql("INSERT INTO note (text, price) VALUES (%s, %s)", ("a", "dear"))
         assert refused_fields(failure.value, "data") == [Note.price]
+
+
+async def test_a_reference_to_a_row_that_changes(db: Database) -> None:
+    """A key that others refer to can't be changed; the field isn't that of the others."""
+
+    class Parent(db.Model):
+        name = peewee.CharField(primary_key=True)
+
+    class Child(db.Model):
+        parent = peewee.ForeignKeyField(Parent)
+
+    await db.acreate_tables([Parent, Child])
+    await Parent.acreate(name="a")
+    await Child.acreate(parent="a")
+    with pytest.raises(peewee.IntegrityError) as failure:
+        await Parent.update(name="b").aexecute()
+    assert kind_of(failure.value) == "reference"
+    assert refused_fields(failure.value, "reference") == []
+
+
+async def test_a_value_like_a_message(postgres_url: str) -> None:
+    """What a client sends isn't taken for the columns of a constraint that no model declares."""
+    async with connected(postgres_url) as db:
+
+        class User(db.Model):
+            name = peewee.CharField()
+            secret = peewee.CharField(default="")
+
+        await db.acreate_tables([User])
+        await db.aexecute_sql('CREATE UNIQUE INDEX lowered ON "user" (lower(name))')
+        for value in ("x (secret)=(y", "(secret)=(y", "x"):
+            await User.acreate(name=value)
+            with pytest.raises(peewee.IntegrityError, match="lowered") as failure:
+                await User.acreate(name=value.upper())
+            assert refused_fields(failure.value, "unique") == []

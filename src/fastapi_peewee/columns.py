@@ -9,7 +9,7 @@ from typing import Any
 import peewee
 from peewee import Alias, CompoundSelectQuery, FieldAlias, ModelAlias, ModelSelect
 
-from .trees import Leaf, Relation, Tree, primary_key
+from .trees import Leaf, Relation, Tree, among, primary_key, same, sources
 
 
 class Unplannable(Exception):
@@ -55,7 +55,7 @@ class Narrowed:
                 continue
             if field.name not in places:
                 node = getattr(model, field.name)
-                if not (only_fields or query._group_by or _among(node, selected)):
+                if not (only_fields or query._group_by or among(node, selected)):
                     raise Unplannable(f"{field.name} isn't selected, and expressions are")
                 places[field.name] = len(self.nodes)
                 self.nodes.append(node.alias(f"c{len(self.nodes)}"))
@@ -63,7 +63,7 @@ class Narrowed:
         self.names = [node.name for node in self.nodes]
         for node in kept:
             name = _name(node)
-            if name is None or name in self.names:
+            if name is None or name.lower() in map(str.lower, self.names):
                 raise Unplannable(f"it selects an expression without a name of its own: {name!r}")
             self.names.append(name)
             self.nodes.append(node)
@@ -90,7 +90,7 @@ class Narrowed:
                 place = next((i for i, name in enumerate(names) if name == part.key), None)
             else:
                 node = getattr(model, field.name)
-                place = next((i for i, each in enumerate(self.nodes) if _same(each, node)), None)
+                place = next((i for i, each in enumerate(self.nodes) if same(each, node)), None)
             if place is None:
                 raise Unplannable(f"{part.key!r} isn't selected, and more can't be added")
             self.places[id(part)] = place
@@ -141,7 +141,7 @@ def completed(query: Any, tree: Tree) -> Any:
     if not all(isinstance(node, peewee.Field | FieldAlias) for node in selected):
         return query
     wanted = [getattr(query.model, field.name) for _, field in tree.columns if field is not None]
-    missing = [node for node in wanted if not _among(node, selected)]
+    missing = [node for node in wanted if not among(node, selected)]
     return query.select_extend(*missing) if missing else query
 
 
@@ -177,7 +177,7 @@ def _follows(query: Any, source: Any, dest: Any, attr: str) -> bool:
                     isinstance(on, peewee.Expression)
                     and on.op == peewee.OP.EQ
                     and any(
-                        _same(on.lhs, one) and _same(on.rhs, other)
+                        same(on.lhs, one) and same(on.rhs, other)
                         for one, other in ((key, target), (target, key))
                     )
                 )
@@ -194,13 +194,21 @@ def _prunable(query: Any) -> bool:
     """Whether columns can be added and left out without changing the rows."""
     if not isinstance(query, ModelSelect) or query._simple_distinct:
         return False
+    if query.model not in sources(query) or any(map(names_output, query._order_by or ())):
+        return False
     if query._distinct is not None and not query._distinct:
         return False
     if query._group_by:
         grouped = list(query._group_by)
         keys = primary_key(query.model)
-        return bool(keys) and all(_among(key, grouped) for key in keys)
+        return bool(keys) and all(among(key, grouped) for key in keys)
     return query._having is None
+
+
+def names_output(ordering: Any) -> bool:
+    """Whether this may order by the position or the name of what is selected."""
+    node = ordering.node if isinstance(ordering, peewee.Ordering) else ordering
+    return isinstance(node, peewee.SQL | peewee.Entity)
 
 
 def _model(source: Any) -> Any:
@@ -217,17 +225,6 @@ def _name(node: Any) -> Any:
     if isinstance(node, peewee.Field | FieldAlias):
         return node.column_name
     return None
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two nodes are the same field of the same source (`==` builds an expression)."""
-    if isinstance(one, FieldAlias) and isinstance(other, FieldAlias):
-        return one.source is other.source and one.field is other.field
-    return one is other
-
-
-def _among(node: Any, nodes: list[Any]) -> bool:
-    return any(_same(node, each) for each in nodes)
 
 
 def expressions(narrowed: Narrowed, tree: Tree) -> Iterator[tuple[Leaf, Any]]:

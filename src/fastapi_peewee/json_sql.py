@@ -6,15 +6,16 @@ instead. A test compares both ways over random models, schemas and rows.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from types import MappingProxyType
 from typing import Any
 
 import peewee
 
-from .columns import Narrowed, expressions
+from .columns import Narrowed, expressions, names_output
 from .state import translate_driver_errors
-from .trees import Leaf, Relation, Tree
+from .trees import Leaf, Relation, Tree, sources
 
 
 class NoJson(Exception):
@@ -71,7 +72,35 @@ _STRANGE = f"ELSE {_MALFORMED} END"
 _ONLY_TEXT = f"CASE WHEN {{v}} < '' COLLATE BINARY OR {{v}} >= x'' THEN {_MALFORMED} ELSE {{v}} END"
 _ONLY_INTEGER = f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} {_STRANGE}"
 _SPACES = "".join(map(chr, filter(lambda i: chr(i).isspace(), range(1, 0x3001))))
+_T = "replace({v},' ','T')"
 _ZONED = "replace(replace({v},' ','T'),'+00:00','Z')"
+
+
+def _moment(form: str, start: int, whole: str) -> str:
+    """The case of a time, or date and time: as Python writes it, or with milliseconds.
+
+    Args:
+        form: what it looks like without a fraction and a zone, to GLOB.
+        start: how long that is.
+        whole: SQL that makes the JSON, if it has no zone.
+    """
+    rest = f"substr({{v}},{start + 1})"
+    fraction, zone = f"substr({{v}},{start + 1},7)", f"substr({{v}},{start + 8})"
+    micro, milli = "GLOB '.?????[0-9]'", "GLOB '.??[0-9]'"
+    is_zone = "GLOB '[+-]??:??' AND substr({v},-6) <> '-00:00'"
+    return (
+        # Nearly all are one of these two.
+        f"WHEN {{v}} GLOB '{form}.?????[1-9]' THEN {whole} WHEN {{v}} GLOB '{form}' THEN {whole} "
+        f"WHEN {{v}} GLOB '{form}*' THEN CASE length({{v}}) "
+        f"WHEN {start + 7} THEN CASE WHEN {rest} = '.000000' THEN substr({whole},1,{start}) "
+        f"WHEN {rest} {micro} THEN {whole} {_STRANGE} "
+        f"WHEN {start + 4} THEN CASE WHEN {rest} = '.000' THEN substr({whole},1,{start}) "
+        f"WHEN {rest} {milli} THEN {whole}||'000' {_STRANGE} "
+        f"WHEN {start + 6} THEN CASE WHEN {rest} {is_zone} THEN {_ZONED} {_STRANGE} "
+        f"WHEN {start + 13} THEN CASE WHEN {fraction} {micro} AND {fraction} <> '.000000' "
+        f"AND {zone} {is_zone} THEN {_ZONED} {_STRANGE} {_STRANGE} "
+    )
+
 
 SQLITE = _table(
     (_KEYS, "int", "{v}"),
@@ -92,16 +121,13 @@ SQLITE = _table(
     (
         (peewee.TimeField,),
         "time",
-        "CASE length({v}) WHEN 8 THEN {v} WHEN 15 THEN {v} WHEN 12 THEN {v}||'000' "
-        f"WHEN 14 THEN {_ZONED} WHEN 21 THEN {_ZONED} {_STRANGE}",
+        f"CASE {_moment('??:??:??', 8, '{v}')}{_STRANGE}",
     ),
     (
         (peewee.DateTimeField,),
         "datetime",
-        "CASE length({v}) WHEN 26 THEN replace({v},' ','T') WHEN 19 THEN replace({v},' ','T') "
-        "WHEN 23 THEN replace({v},' ','T')||'000' "
-        "WHEN CASE WHEN {v} GLOB '????-??-??' THEN 10 END THEN {v}||'T00:00:00' "
-        f"WHEN 25 THEN {_ZONED} WHEN 32 THEN {_ZONED} {_STRANGE}",
+        f"CASE {_moment('????-??-??[ T]??:??:??', 19, _T)}"
+        f"WHEN {{v}} GLOB '????-??-??' THEN {{v}}||'T00:00:00' {_STRANGE}",
     ),
     (
         (peewee.TimestampField,),
@@ -122,7 +148,7 @@ SQLITE = _table(
     (
         (peewee.IPField,),
         "str",
-        "CASE WHEN {v} BETWEEN 0 AND 4294967295 "
+        "CASE WHEN typeof({v}) = 'integer' AND {v} BETWEEN 0 AND 4294967295 "
         "THEN ({v}>>24)||'.'||(({v}>>16)&255)||'.'||(({v}>>8)&255)||'.'||({v}&255) "
         f"{_STRANGE}",
     ),
@@ -236,10 +262,13 @@ class JsonSql:
         by_alias: whether the JSON's keys are the schema's aliases.
 
     Attributes:
+        leaves: templates by field class and Pydantic type.
+        references: what foreign keys have instead of their target's templates, by Pydantic type.
         params: of the text before the query, in order.
     """
 
     leaves: dict[tuple[str, str], str]
+    references: Mapping[str, str] = MappingProxyType({})
     most_pairs = 1000
     longest_key = 1000
     no_rows: str
@@ -249,6 +278,8 @@ class JsonSql:
         self.by_alias = by_alias
         self.params: list[Any] = []
         self._sources = 0
+        # By a tree's `id()`: a foreign key of which the parent's key is the value, and that key.
+        self._known: dict[int, tuple[Any, Part]] = {}
 
     def around(self, tree: Tree, narrowed: Narrowed) -> tuple[str, str]:
         """What goes before and after the text of `narrowed.query`.
@@ -283,9 +314,12 @@ class JsonSql:
         if tree.reasons or tree.instances:
             raise NoJson((tree.reasons + tree.instances)[0])
         for leaf, node in expressions(narrowed, tree):
-            if not (isinstance(node, peewee.Function) and node.name == "COUNT"):
+            counts = isinstance(node, peewee.Function) and node.name == "COUNT"
+            selected = narrowed.nodes[narrowed.place(leaf)]
+            if not counts or node._converter or selected._converter:
                 raise NoJson(f"{leaf.key} is an expression")
         inside = self.checked_inside(tree, narrowed)
+        known, parents = self._known.get(id(tree), (None, None))
         shown = [part for part in tree.fields if not part.excluded]
         if not 0 < len(shown) <= self.most_pairs:
             raise NoJson(f"{tree.schema.__name__} has no fields or more than {self.most_pairs}")
@@ -300,8 +334,12 @@ class JsonSql:
             if isinstance(part, Relation):
                 yield key, [self.child(part, value)]
                 continue
-            template = "{v}" if narrowed.place(part) in inside else self._template(part)
-            yield key, _filled(self._literal(template), value)
+            template = self._template(part)
+            if part.field is not None and part.field is known:
+                yield key, [parents]
+            else:
+                template = "{v}" if narrowed.place(part) in inside else template
+                yield key, _filled(self._literal(template), value)
 
     def _template(self, leaf: Leaf) -> str:
         kind = leaf.core["type"]
@@ -315,6 +353,8 @@ class JsonSql:
         if "serialization" in leaf.core:
             raise NoJson(f"{leaf.name} has a serialiser")
         template = self.leaves.get((_path(type(column)), kind))
+        if template is not None and leaf.field is not column:
+            template = self.references.get(kind, template)
         if template is None:
             raise NoJson(f"{leaf.name} is a {type(column).__name__} read as {kind}")
         odd = set(leaf.core) - _NEUTRAL
@@ -400,6 +440,8 @@ class _Wrapping(JsonSql):
 
 class SqliteJson(_Wrapping):
     leaves = SQLITE
+    #: A key is an integer; what refers to it may be anything, where nobody enforces it.
+    references = MappingProxyType({"int": _ONLY_INTEGER})
     function = "json_object"
     aggregate = "json_group_array({})"
     most_pairs = 60  # a function has at most 127 arguments
@@ -413,6 +455,12 @@ class SqliteJson(_Wrapping):
         except NoJson:
             return None
         return listed
+
+    def child(self, relation: Relation, link: Part) -> Part:
+        key = relation.fk.rel_field
+        if relation.many and relation.through is None and type(key) in _KEYS:
+            self._known[id(relation.tree)] = relation.fk, link  # an integer, without a look
+        return super().child(relation, link)
 
     def inner(self, tree: Tree, narrowed: Narrowed) -> Any:
         checks = self.checked_inside(tree, narrowed)
@@ -432,10 +480,12 @@ class SqliteJson(_Wrapping):
         if not narrowed.pruned:
             return {}
         links = {narrowed.place(relation) for relation in tree.relations}
+        known, _ = self._known.get(id(tree), (None, None))
         return {
             place: template
             for leaf in tree.leaves
             if leaf.field is not None
+            and leaf.field is not known
             and not leaf.excluded
             and (place := narrowed.place(leaf)) not in links
             and (template := self._template(leaf)) in (_ONLY_TEXT, _ONLY_INTEGER)
@@ -498,6 +548,10 @@ class MariadbJson(MysqlJson):
 
     leaves = MARIADB
 
+    def __init__(self, db: Any, by_alias: bool) -> None:
+        super().__init__(db, by_alias)
+        self._above: set[str] = set()  # aliases of the lists around, which must not be hidden
+
     def child(self, relation: Relation, link: Part) -> Part:
         if isinstance(link, str):
             text, params = self._flat(relation, link)
@@ -517,6 +571,11 @@ class MariadbJson(MysqlJson):
 
     def _flat(self, relation: Relation, link: str) -> tuple[str, list[Any]]:
         query = self._children(relation, peewee.SQL(link))
+        aliases = {name.lower() for name in map(_alias, sources(query)) if name}
+        if aliases & self._above:
+            raise NoJson(f"{relation.name}: an alias means something else in the rows around it")
+        if any(map(names_output, query._order_by or ())):
+            raise NoJson(f"{relation.name} is ordered by what it selects")
         if (
             isinstance(query, peewee.CompoundSelectQuery)
             or query._group_by
@@ -529,6 +588,7 @@ class MariadbJson(MysqlJson):
         narrowed = Narrowed(query, relation.tree)
         parts: list[Part] = ["JSON_OBJECT("]
         pairs = self._pairs(relation.tree, narrowed, lambda i: narrowed.nodes[i].unwrap())
+        around, self._above = self._above, self._above | aliases  # until it is rendered, below
         for number, (key, value) in enumerate(pairs):
             parts += [", " if number else "", self._string(key), ", ", *value]
         parts.append(")")
@@ -544,6 +604,7 @@ class MariadbJson(MysqlJson):
         self._sources += 1
         ctx.alias_manager._counter = 100 * self._sources
         text, params = ctx.parse(query)
+        self._above = around
         return f"({text})", params
 
 
@@ -560,6 +621,13 @@ def _checked(template: str, node: Any, name: str) -> Any:
     parts = _filled(template, node)
     nodes = [peewee.SQL(part) if isinstance(part, str) else part for part in parts]
     return peewee.Alias(peewee.NodeList(nodes, glue=""), name)
+
+
+def _alias(source: Any) -> Any:
+    """The name that the caller has given to a source."""
+    return (
+        source.alias if isinstance(source, peewee.ModelAlias) else getattr(source, "_alias", None)
+    )
 
 
 def _limit(limit: Any) -> Any:

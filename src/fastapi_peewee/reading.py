@@ -5,7 +5,7 @@ instances that an endpoint returns.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ import peewee
 from peewee import Model
 
 from .columns import Narrowed, completed
+from .exceptions import SchemaError
 from .response_types import Response
 from .trees import Relation, Tree
 
@@ -75,25 +76,35 @@ def _of(relation: Relation, children: dict[Any, list[Any]], key: Any) -> Any:
 
 def _children(db: Any, relation: Relation, keys: Any) -> dict[Any, list[dict[str, Any]]]:
     """A relation's rows as dictionaries, by the parents' keys."""
-    found: dict[Any, list[dict[str, Any]]] = {}
-    for chunk in _chunks(keys):
-        query = relation.children()
-        target = relation.target(query)
-        query = relation.only(_unlimited(query), target << chunk)
+
+    def read(keys: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        query, target = relation.of_many_parents(keys)
         narrowed = Narrowed(query, relation.tree)
         clone = narrowed.query.clone()
         clone._returning = [*clone._returning, target.alias("fastapi_peewee_key")]
         rows = list(clone.tuples().execute(db))
         values_of = dictionaries(db, relation.tree, narrowed, rows)
-        for row, values in zip(rows, values_of, strict=True):
-            found.setdefault(row[-1], []).append(values)
-    return _limited(relation, found)
+        return zip((row[-1] for row in rows), values_of, strict=True)
+
+    return _limited(relation, _by_parent(relation, keys, read))
 
 
-def _unlimited(query: Any) -> Any:
-    clone = query.clone()
-    clone._limit = clone._offset = None
-    return clone
+def _by_parent(
+    relation: Relation, keys: Any, read: Callable[[list[Any]], Iterable[tuple[Any, Any]]]
+) -> dict[Any, list[Any]]:
+    """The rows by the parents' keys, of what `read` returns for some of these: keys and rows."""
+    found: dict[Any, list[Any]] = {}
+    for chunk in _chunks(keys):
+        rows: dict[Any, list[Any]] = {}
+        for key, row in read(chunk):
+            rows.setdefault(key, []).append(row)
+        # Keys that are one to the database (by its collation, or `"1"` and 1) may be two here.
+        alone = chunk if rows.keys() - set(chunk) else []
+        if not (alone or relation.many):
+            alone = [key for key in chunk if isinstance(key, str) and key not in rows]
+        rows.update((key, [row for _, row in read([key])]) for key in alone)
+        found.update(rows)
+    return found
 
 
 def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
@@ -130,15 +141,16 @@ def _with_relations(db: Any, tree: Tree, instances: list[Any]) -> list[Any]:
 
 def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
     name, key = relation.fk.name, relation.fk.rel_field.name
-    found: dict[Any, Any] = {}
+
+    def read(keys: list[Any]) -> Iterator[tuple[Any, Any]]:
+        query = relation.tree.model.select().where(relation.fk.rel_field << keys)
+        return ((each.__data__[key], each) for each in query.execute(db))
+
     missing = [each for each in instances if _is_missing(each, relation)]
-    for chunk in _chunks(each.__data__.get(name) for each in missing):
-        query = relation.tree.model.select().where(relation.fk.rel_field << chunk)
-        found.update((each.__data__[key], each) for each in query.execute(db))
+    found = _by_parent(relation, (each.__data__.get(name) for each in missing), read)
     for each in missing:
-        value = each.__data__.get(name)
-        if value in found:
-            each.__rel__[name] = found[value]
+        if rows := found.get(each.__data__.get(name)):
+            each.__rel__[name] = rows[0]
     there = [each for each in instances if each.__rel__.get(name) is not None]
     rows = _with_relations(db, relation.tree, [each.__rel__[name] for each in there])
     for each, row in zip(there, rows, strict=True):
@@ -160,16 +172,15 @@ def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
     link = relation.link.name
     given: dict[int, Any] = {id(each): each.__dict__.get(relation.key) for each in instances}
     missing = [each for each in instances if not isinstance(given[id(each)], list)]
-    found: dict[Any, list[Any]] = {}
-    for chunk in _chunks(each.__data__.get(link) for each in missing):
-        query = relation.children()
-        target = relation.target(query)
-        query = completed(relation.only(_unlimited(query), target << chunk), relation.tree)
-        query = query.select_extend(target.alias("fastapi_peewee_key"))
+
+    def read(keys: list[Any]) -> Iterator[tuple[Any, Any]]:
+        query, target = relation.of_many_parents(keys)
+        query = completed(query, relation.tree).select_extend(target.alias("fastapi_peewee_key"))
         if relation.through is not None:  # else the key would become the link's attribute
             query = query.objects()
-        for row in query.execute(db):
-            found.setdefault(row.fastapi_peewee_key, []).append(row)
+        return ((row.fastapi_peewee_key, row) for row in query.execute(db))
+
+    found = _by_parent(relation, (each.__data__.get(link) for each in missing), read)
     found = _limited(relation, found)
     for each in missing:
         given[id(each)] = found.get(each.__data__.get(link), [])
@@ -180,10 +191,18 @@ def _add_lists(db: Any, relation: Relation, instances: list[Any]) -> None:
 
 
 def _put_list(instance: Any, relation: Relation, rows: list[Any]) -> None:
+    backref = relation.fk.backref
     if relation.through is None:
         instance.__dict__[relation.key] = rows
+    elif backref in ("+", "!"):  # then it looks nowhere, and reads all rows when it is asked
+        if relation.query is not None or relation.ended:
+            raise SchemaError(
+                f"{relation.name} has a query or a depth of its own, which can't be kept to where "
+                f"instances are validated: {relation.fk!r} has the backref {backref!r}, so that "
+                "Peewee reads all rows. Give that foreign key a backref with a name."
+            )
     else:
         # What Peewee's accessor looks for: rows of the link table that were loaded before.
-        instance.__dict__[relation.fk.backref] = [
+        instance.__dict__[backref] = [
             SimpleNamespace(**{relation.through.name: row}) for row in rows
         ]

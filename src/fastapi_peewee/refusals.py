@@ -121,7 +121,7 @@ def refused_fields(error: Exception, kind: Kind) -> list[Any]:
         return []
     cause = driver_error(error)
     if hasattr(cause, "diag"):
-        found = _from_postgres(cause.diag, statement)
+        found = _from_postgres(cause.diag, kind, statement)
     elif hasattr(cause, "sqlite_errorcode"):
         found = _from_sqlite(str(cause), kind, statement)
     elif len(cause.args) > 1 and isinstance(cause.args[0], int):
@@ -137,10 +137,12 @@ def refused_fields(error: Exception, kind: Kind) -> list[Any]:
 # What the drivers tell.
 
 
-def _from_postgres(diag: Any, statement: "_Statement") -> list[Any]:
+def _from_postgres(diag: Any, kind: Kind, statement: "_Statement") -> list[Any]:
     models = statement.models(diag.table_name, diag.schema_name)
     if not diag.table_name:
         return []
+    if kind == "reference" and statement.table not in (None, diag.table_name):
+        return []  # rows of that table refer to this one's
     if diag.column_name:
         return _fields(models, [diag.column_name])
     if not diag.constraint_name:
@@ -149,7 +151,8 @@ def _from_postgres(diag: Any, statement: "_Statement") -> list[Any]:
     if declared:
         return declared
     # A constraint that is no model's: "(a, b)=(1, 2)" stands in the detail in every language.
-    columns = re.search(r"\(([^()]+)\)=\(", diag.message_detail or "")
+    # What follows may be a client's text.
+    columns = re.match(r"[^(]*\(([^()]+)\)=\(", diag.message_detail or "")
     return _fields(models, _unquoted(columns[1]) if columns else [])
 
 

@@ -31,6 +31,8 @@ _HARMLESS_CONFIG = {
     "validation_error_cause",
 }
 
+#: Those of SQL that Peewee's users write; there are others.
+_AGGREGATES = {"AVG", "COUNT", "GROUP_CONCAT", "MAX", "MIN", "STRING_AGG", "SUM", "TOTAL"}
 #: What Pydantic puts around a schema that has validators or serialisers.
 _AROUND = {"default", "function-after", "function-before", "function-wrap", "nullable"}
 
@@ -333,9 +335,19 @@ def _check_query(query: Any, name: str, model: Any) -> None:
         problem = "it doesn't return instances of its model"
     elif (alias := query.model) is not model and getattr_static(alias, "model", None) is not model:
         problem = f"it selects from {query.model!r}, but the relation is to {model!r}"
+    elif not query._group_by and (query._having is not None or any(map(_sums, query._returning))):
+        problem = (
+            "it makes one row of many without GROUP BY, so that its rows belong to no parent; "
+            "group them by what they have in common"
+        )
     else:
         return
     raise SchemaError(f"The query that is given for the relation {name} can't be used: {problem}.")
+
+
+def _sums(node: Any) -> bool:
+    node = node.unwrap()
+    return isinstance(node, peewee.Function) and node.name.upper() in _AGGREGATES
 
 
 def _paths(alias: Any) -> list[list[Any]]:

@@ -3,7 +3,7 @@
 `response_types` makes it; no query is looked at and no SQL is written here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,14 +110,31 @@ class Relation:
     def children(self) -> Any:
         """The other model's rows of all parents, unordered if nothing is said of their order."""
         query = self.tree.model.select() if self.query is None else self.query
-        if self.through is not None:
+        if self.through is not None and self.through.model not in sources(query):
             target = self.through.rel_field
             query = query.switch(query.model).join(
                 self.through.model, on=(self.through == getattr(query.model, target.name))
             )
         if self.many and not query._order_by:
-            query = query.order_by(*primary_key(query.model))
+            query = query.order_by(*_by_key(query))
         return query
+
+    def of_many_parents(self, keys: list[Any]) -> tuple[Any, Any]:
+        """The rows of these parents: the query, and the column of it that holds the parent's key.
+
+        What the caller's query does for each parent is done so: its groups are a parent's own. Its
+        limit and offset are left out.
+        """
+        query = self.children()
+        target = self.target(query)
+        query = self.only(query.clone(), target << keys)
+        query._limit = query._offset = None
+        if query._group_by:
+            query._group_by = (target, *query._group_by)
+        if query._distinct:  # DISTINCT ON
+            query._distinct = (target, *query._distinct)
+            query._order_by = (target, *query._order_by)
+        return query, target
 
     def target(self, query: Any) -> Any:
         """The column of `children()` that holds the parent's `link`."""
@@ -195,3 +212,38 @@ class Tree:
 def primary_key(model: Any) -> list[Any]:
     """The fields of the key; of an alias, those of the alias. Empty if there is none."""
     return [getattr(model, field.name) for field in model._meta.get_primary_keys()]
+
+
+def sources(query: Any) -> list[Any]:
+    """What a SELECT reads from: models, aliases and queries, joined ones among them."""
+    found, todo = [], list(query._from_list or ())
+    while todo:
+        source = todo.pop()
+        if isinstance(source, peewee.Join):
+            todo += [source.lhs, source.rhs]
+        else:
+            found.append(source)
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nodes are the same field of the same source (`==` builds an expression)."""
+    if isinstance(one, peewee.FieldAlias) and isinstance(other, peewee.FieldAlias):
+        return one.source is other.source and one.field is other.field
+    return one is other
+
+
+def among(node: Any, nodes: Iterable[Any]) -> bool:
+    return any(same(node, each) for each in nodes)
+
+
+def _by_key(query: Any) -> list[Any]:
+    """What orders the rows by their keys, or else what a database lets such a query order by."""
+    keys = primary_key(query.model)
+    if query._group_by:
+        allowed = list(query._group_by)
+    elif query._simple_distinct or query._distinct == ():
+        allowed = [node.unwrap() for node in query._returning]
+    else:
+        return [*(query._distinct or ()), *keys]
+    return keys if all(among(key, allowed) for key in keys) else allowed

@@ -1,0 +1,295 @@
+"""What a relation's query says is done for each parent, whichever plan reads the rows."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import peewee
+import pytest
+from peewee import SQL, fn
+from pydantic import BaseModel, create_model, model_validator
+
+from fastapi_peewee import SchemaError, depth
+from fastapi_peewee.loading import Plans
+from fastapi_peewee.plans import InstancePlan, RowPlan, plan
+from tests.fidelity import connection
+from tests.test_loading import answer, read
+
+
+class ItemOut(BaseModel):
+    title: str
+
+
+class CountOut(BaseModel):
+    title: str
+    total: int
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Any]:
+    with connection(database_url) as db:
+        yield db
+
+
+@pytest.fixture
+def models(db: Any) -> SimpleNamespace:
+    """Ada owns a, a and b, Bob owns a and c, Eve nothing; Ada's tags are red and blue, Bob's blue.
+
+    Of Ada's tags blue is the first by `place`. The link table has no names for its back-references.
+    """
+
+    class User(db.Model):
+        name = peewee.CharField()
+
+    class Item(db.Model):
+        title = peewee.CharField()
+        owner = peewee.ForeignKeyField(User, backref="items")
+
+    class Part(db.Model):
+        title = peewee.CharField()
+        item = peewee.ForeignKeyField(Item, backref="parts")
+
+    class Tag(db.Model):
+        title = peewee.CharField()
+
+    class Tagged(db.Model):
+        user = peewee.ForeignKeyField(User, backref="+")
+        tag = peewee.ForeignKeyField(Tag, backref="+")
+        place = peewee.IntegerField()
+
+    field = peewee.ManyToManyField(User, backref="tags", through_model=Tagged)
+    Tag._meta.add_field("users", field)
+    db.create_tables([User, Item, Part, Tag, Tagged])
+    for name in ("Ada", "Bob", "Eve"):
+        User.create(name=name)
+    for owner, title in [(1, "a"), (1, "a"), (1, "b"), (2, "a"), (2, "c")]:
+        Item.create(owner=owner, title=title)
+    for item, title in [(5, "p1"), (1, "p2"), (4, "p3")]:
+        Part.create(item=item, title=title)
+    for title in ("red", "blue"):
+        Tag.create(title=title)
+    for user, tag, place in [(1, 1, 2), (1, 2, 1), (2, 2, 1)]:
+        Tagged.create(user=user, tag=tag, place=place)
+    return SimpleNamespace(User=User, Item=Item, Part=Part, Tag=Tag, Tagged=Tagged)
+
+
+def users_with(**fields: Any) -> Any:
+    made: Any = create_model("UserOut", name=(str, ...), **fields)
+    return list.__class_getitem__(made)
+
+
+def by_every_plan(query: Any, type_: Any, db: Any, instances: bool = True) -> Any:
+    """What all plans answer with: the chosen one, that of rows and that of instances."""
+    plans = Plans(type_)
+    best = plans.plan(query)
+    rows = plan(query, plans.response, db, in_python="asked for")
+    assert isinstance(rows, RowPlan), rows.reason
+    found = [best, rows, *([InstancePlan(plans.response, query, "asked for")] * instances)]
+    first, *others = [answer(each, plans, db) for each in found]
+    for each, other in zip(found[1:], others, strict=True):
+        assert other == first, each.kind
+    return first
+
+
+def titles(users: list[dict[str, Any]], key: str = "items") -> list[str]:
+    return [" ".join(row["title"] for row in user[key]) for user in users]
+
+
+QUERIES: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
+    "distinct": (lambda item: item.select(item.title).distinct(), ["a b", "a c", ""]),
+    "grouped": (lambda item: item.select(item.title).group_by(item.title), ["a b", "a c", ""]),
+    "grouped by the key": (lambda item: item.select().group_by(item.id), ["a a b", "a c", ""]),
+    "the groups of some": (
+        lambda item: item.select(item.title).group_by(item.title).having(fn.COUNT(item.id) > 1),
+        ["a", "", ""],
+    ),
+    "limited groups": (
+        lambda item: (
+            item.select(item.title).group_by(item.title).order_by(item.title.desc()).limit(1)
+        ),
+        ["b", "c", ""],
+    ),
+    "by the name of what is selected": (
+        lambda item: item.select().order_by(SQL("title DESC"), SQL("id")),
+        ["b a a", "c a", ""],
+    ),
+    "by the place of what is selected": (
+        lambda item: item.select(item.id, item.title, item.owner).order_by(SQL("2 DESC")),
+        ["b a a", "c a", ""],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_rows_of_each_parent(db: Any, models: SimpleNamespace, name: str) -> None:
+    """Groups, distinct rows, limits and orders are of one parent's rows, never of all."""
+    make, expected = QUERIES[name]
+    type_ = users_with(items=(Annotated[list[ItemOut], make(models.Item)], ...))
+    users = models.User.select().order_by(models.User.id)
+    assert titles(by_every_plan(users, type_, db)) == expected
+
+
+def test_counts_of_each_parent(db: Any, models: SimpleNamespace) -> None:
+    """A group has those rows only that are of the parent."""
+    query = models.Item.select(models.Item.title, fn.COUNT(models.Item.id).alias("total"))
+    query = query.group_by(models.Item.title).order_by(models.Item.title)
+    type_ = users_with(items=(Annotated[list[CountOut], query], ...))
+    users = models.User.select().order_by(models.User.id)
+    found = [
+        [(item["title"], item["total"]) for item in user["items"]]
+        for user in by_every_plan(users, type_, db)
+    ]
+    assert found == [[("a", 2), ("b", 1)], [("a", 1), ("c", 1)], []]
+
+
+def test_the_first_of_each_title(db: Any, models: SimpleNamespace) -> None:
+    """PostgreSQL's DISTINCT ON takes the first of each parent's."""
+    if not isinstance(db, peewee.PostgresqlDatabase):
+        pytest.skip("DISTINCT ON is PostgreSQL's")
+    Item = models.Item
+    users = models.User.select().order_by(models.User.id)
+    for query in (
+        Item.select().distinct(Item.title).order_by(Item.title, Item.id.desc()),
+        Item.select().distinct(Item.title),
+    ):
+        type_ = users_with(items=(Annotated[list[ItemOut], query], ...))
+        assert titles(by_every_plan(users, type_, db)) == ["a b", "a c", ""]
+
+
+def test_one_row_of_many(db: Any, models: SimpleNamespace) -> None:
+    """An aggregate without GROUP BY is refused: it would be of all parents' rows, or of none's."""
+    Item = models.Item
+    for query in (
+        Item.select(Item.title, fn.Count(Item.id).alias("total")),
+        Item.select(fn.MAX(Item.title).alias("title")),
+        Item.select(Item.title).having(fn.COUNT(Item.id) > 1),
+    ):
+        type_ = users_with(items=(Annotated[list[CountOut], query], ...))
+        with pytest.raises(SchemaError, match=r"UserOut\.items .* without GROUP BY"):
+            Plans(type_).plan(models.User.select())
+
+
+def test_a_link_table_that_is_joined_already(db: Any, models: SimpleNamespace) -> None:
+    """A query of many to many may name the link table: with a join of its own, or without."""
+    Tag, Tagged = models.Tag, models.Tagged
+    users = models.User.select().order_by(models.User.id)
+    for query in (
+        Tag.select().join(Tagged).order_by(Tagged.place),
+        Tag.select().order_by(Tagged.place),
+    ):
+        type_ = users_with(tags=(Annotated[list[ItemOut], query], ...))
+        found = by_every_plan(users, type_, db, instances=False)
+        assert titles(found, "tags") == ["blue red", "blue", ""]
+    query = Tag.select(Tag.title).group_by(Tag.title)
+    type_ = users_with(tags=(Annotated[list[ItemOut], query], ...))
+    assert titles(by_every_plan(users, type_, db, instances=False), "tags") == [
+        "blue red",
+        "blue",
+        "",
+    ]
+
+
+def test_a_link_table_without_a_back_reference(db: Any, models: SimpleNamespace) -> None:
+    """Where Peewee would read all rows for a validator, a relation's query isn't left out."""
+    Tag, User = models.Tag, models.User
+    some: Any = Annotated[list[ItemOut], Tag.select().where(Tag.title != "red")]
+
+    class Whole(BaseModel):
+        name: str
+        tags: some
+
+        @model_validator(mode="after")
+        def same(self) -> "Whole":
+            return self
+
+    class Bare(BaseModel):
+        name: str
+        tags: list[ItemOut]
+
+    query = User.select().where(User.name == "Ada")
+    plans = Plans(list[Whole])
+    assert plans.plan(query).kind == "instances"
+    with pytest.raises(SchemaError, match=r"^tags has a query .*Tagged\.user.* backref '\+'"):
+        plans.load(query)
+    plans = Plans(Bare)
+    assert titles([read(plans.load(query.get()), plans)], "tags") == ["red blue"]
+
+
+def test_an_alias_on_two_levels(db: Any, models: SimpleNamespace) -> None:
+    """The rows below a row are that row's, also where both queries call their table the same."""
+    items = models.Item.alias("x").select()
+    below = models.Part.alias("x").select()
+
+    class PartOut(BaseModel):
+        title: str
+
+    class WithParts(BaseModel):
+        title: str
+        parts: Annotated[list[PartOut], below]
+
+    type_ = users_with(items=(Annotated[list[WithParts], items], ...))
+    users = models.User.select().where(models.User.name == "Bob")
+    [bob] = by_every_plan(users, type_, db)
+    assert titles(bob["items"], "parts") == ["p3", "p1"]
+
+
+def test_one_query_on_many_levels(db: Any) -> None:
+    """A relation to the same class may have a query with an alias."""
+
+    class Node(db.Model):
+        title = peewee.CharField()
+        above = peewee.ForeignKeyField("self", null=True, backref="below")
+
+    db.create_tables([Node])
+    for above, title in [(None, "a"), (1, "b"), (2, "c"), (1, "d")]:
+        Node.create(above=above, title=title)
+    alias = Node.alias("n")
+
+    class NodeOut(BaseModel):
+        title: str
+        below: Annotated[list["NodeOut"], alias.select(), depth(3)]
+
+    NodeOut.model_rebuild(_types_namespace={"NodeOut": NodeOut, "alias": alias, "depth": depth})
+    [top] = by_every_plan(Node.select().where(Node.above.is_null()), list[NodeOut], db)
+    assert titles([top, *top["below"]], "below") == ["b d", "c", ""]
+
+
+def test_keys_that_are_one_to_the_database(db: Any) -> None:
+    """A row that refers to `ada` as `ADA`, where the database doesn't mind, is found from both."""
+    if isinstance(db, peewee.PostgresqlDatabase):
+        pytest.skip("such keys are two to PostgreSQL")
+    sqlite = isinstance(db, peewee.SqliteDatabase)
+    collated = {"constraints": [SQL("COLLATE NOCASE")]} if sqlite else {}
+
+    class User(db.Model):
+        name = peewee.CharField(primary_key=True, **collated)
+
+    class Item(db.Model):
+        title = peewee.CharField()
+        owner = peewee.ForeignKeyField(User, backref="items", null=True, **collated)
+
+    db.create_tables([User, Item])
+    User.create(name="ada", force_insert=True)
+    for title, owner in [("a", "ada"), ("b", "ADA"), ("c", "Ada"), ("d", None)]:
+        Item.create(title=title, owner=owner)
+
+    class UserOut(BaseModel):
+        name: str
+
+    class Owned(ItemOut):
+        owner: UserOut | None
+
+    assert titles(by_every_plan(User.select(), users_with(items=(list[ItemOut], ...)), db)) == [
+        "a b c"
+    ]
+    found = by_every_plan(Item.select().order_by(Item.id), list[Owned], db)
+    assert [item["owner"] and item["owner"]["name"] for item in found] == ["ada"] * 3 + [None]
+
+
+def test_an_instance_whose_key_is_a_text(db: Any, models: SimpleNamespace) -> None:
+    """Instances that hold their keys as they came in have their rows."""
+    plans = Plans(create_model("Out", items=(list[ItemOut], ...)))
+    assert titles([read(plans.load(models.User(id="2")), plans)]) == ["a c"]
+    owned = create_model("Owned", owner=(create_model("Owner", name=(str, ...)), ...))
+    plans = Plans(owned)
+    assert read(plans.load(models.Item(owner="2")), plans) == {"owner": {"name": "Bob"}}
