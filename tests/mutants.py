@@ -260,6 +260,11 @@ MUTANTS = [
         CANCELLATION,
     ),
     Mutant(
+        "a block whose wait for its children is cancelled, too, ends under them",
+        (Edit("blocks", "leave", "if not waiting.cancelled():\n    break", "break"),),
+        "tests/test_leases.py -k all_tasks",
+    ),
+    Mutant(
         "after_commit runs what a savepoint has rolled back",
         (
             Edit(

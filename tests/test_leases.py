@@ -400,6 +400,42 @@ async def test_a_cancelled_transaction_is_rolled_back(db: Database, account: Any
     assert await names(account) == []
 
 
+async def test_whoever_cancels_all_tasks_ends_no_block_under_its_children(db: Database) -> None:
+    """A block waits for the threads of its children, whatever else is cancelled: its waiting, too,
+    as the end of `asyncio.run()` does it."""
+    began, go_on = threading.Event(), threading.Event()
+    others = asyncio.all_tasks()
+    leases: list[Lease] = []
+    children: list[asyncio.Task[bool]] = []
+
+    def child() -> bool:
+        began.set()
+        assert go_on.wait(30)
+        return leases[0].ended
+
+    async def transaction() -> None:
+        async with db.atomic():
+            lease = db._state.lease()
+            assert lease is not None
+            leases.append(lease)
+            children.append(asyncio.create_task(db.run(child)))
+            await asyncio.to_thread(began.wait, 30)
+
+    block = asyncio.create_task(transaction())
+    while not leases or not leases[0].turn.waiting:
+        await asyncio.sleep(0)
+    [waiting] = asyncio.all_tasks() - others - {block, *children}
+    for task in (block, waiting):
+        task.cancel()
+    await asyncio.wait({waiting})
+    while not (block.done() or leases[0].turn.waiting):
+        await asyncio.sleep(0)
+    go_on.set()
+    assert not await children[0]
+    with pytest.raises(asyncio.CancelledError):
+        await block
+
+
 @pytest.mark.parametrize("steps", range(12))
 async def test_a_nested_block_cancelled_at_any_step_leaves_the_outer_one_whole(
     db: Database, account: Any, steps: int

@@ -184,8 +184,11 @@ async def leave(db: "Database", lease: Lease, last: Callable[[BaseException | No
     """
     lease.closing = True
     cancelled = None
-    if not lease.turn.acquire_nowait():  # a child's call is still running
-        cancelled = await uninterrupted(asyncio.ensure_future(lease.turn.acquire(None)))
+    while not lease.turn.acquire_nowait():  # a child's call is still running
+        waiting = asyncio.ensure_future(lease.turn.acquire(None))
+        cancelled = await uninterrupted(waiting) or cancelled
+        if not waiting.cancelled():  # as whoever cancels all tasks does with this one, too
+            break
     if lease.root.held is None:  # no connection was to be had, or wanted: there is nothing to leave
         db.end_lease(lease)
     else:
