@@ -15,6 +15,7 @@ from typing import Any
 import peewee
 
 from fastapi_peewee import LeaseForked, connect
+from fastapi_peewee.state import RequestScope
 
 db = connect(os.environ["DATABASE_URL"])
 
@@ -197,6 +198,45 @@ def all_at_once() -> None:
     assert [succeeded(pid) for pid in children] == [True] * 3
     write("parent, again")
     assert User.select().count() == 1 + 20 * (2 + 3 * 3)
+
+
+class Leaving(RequestScope):
+    """A request whose thread stands still while it gives back its connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stands, self.go_on = threading.Event(), threading.Event()
+
+    def drop(self, db: Any, held: Any) -> bool:
+        self.stands.set()
+        assert self.go_on.wait(30)
+        return super().drop(db, held)
+
+
+def while_a_request_gives_back() -> None:
+    """The child serves requests, whatever a thread of the parent's was about to decide."""
+
+    def serve(request: RequestScope, name: str) -> None:
+        RequestScope.current.set(request)
+        with db.connection_context():
+            User.create(name=name)
+
+    def child() -> None:
+        thread = threading.Thread(target=serve, args=(RequestScope(), "child"), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    leaving = Leaving()
+    thread = threading.Thread(target=serve, args=(leaving, "parent"))
+    thread.start()
+    assert leaving.stands.wait(30)
+    try:
+        assert succeeded(in_child(child))
+    finally:
+        leaving.go_on.set()
+        thread.join()
+    assert names() == ["child", "parent"]
 
 
 def job(number: int) -> object:

@@ -419,6 +419,7 @@ def test_a_shell_with_an_event_loop(project: Project) -> None:
         "leaving_an_inherited_block",
         "inside_run",
         "all_at_once",
+        "while_a_request_gives_back",
         "with_multiprocessing",
     ],
 )

@@ -97,7 +97,7 @@ async def test_what_a_thread_gives_back_as_its_request_ends_is_given_back_once(
             request.drop(db, lease)  # by a thread, before we have the lock
             yield
 
-        monkeypatch.setattr(lifecycle, "sharing", sharing())
+        monkeypatch.setattr(request, "sharing", sharing())
         await lifecycle._release(request, over=True)
         assert not lease.ended
         db.pool.give_back(lease)

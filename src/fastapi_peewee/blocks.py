@@ -8,7 +8,6 @@ decided here: an async block is a lease of its own, and holds the turn of the on
 import asyncio
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -336,7 +335,7 @@ class LeaseContext(_Block, ConnectionContext):
                 db.pool.give_back(lease)
                 raise
             lease.turn.release()
-        with sharing:
+        with request.sharing:
             held = request.hold(db, lease)
             held.contexts += 1
         if held is not lease:  # another thread of this request was faster
@@ -355,17 +354,13 @@ class LeaseContext(_Block, ConnectionContext):
         if lease is None:
             super().__exit__(exc_type, exc, tb)
             return
-        with sharing:
+        with self._request.sharing:
             lease.contexts -= 1
             if lease.contexts or not self._request.drop(self.db, lease):
                 return
         lease.closing = True
         lease.turn.acquire_blocking(None)
         self.db.pool.give_back(lease)
-
-
-#: Held while it is decided who gives back what a request holds.
-sharing = threading.Lock()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .blocks import leave, sharing
+from .blocks import leave
 from .calls import detached, run_follow_ups
 from .database import Database
 from .handlers import UNAVAILABLE, add_handlers
@@ -213,7 +213,7 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
         for state, held in list(request.leases.items()):
             if not over and isinstance(held, Lease) and held.contexts:
                 continue
-            with sharing:
+            with request.sharing:
                 db = request.owners.get(state)
                 if db is None or not request.drop(db, held):
                     continue  # a thread of this request has given it back meanwhile
@@ -271,7 +271,7 @@ async def _hold(request: RequestScope, db: Any) -> Any:
             await run_in_threadpool(db.connect)
     elif db._state.lease() is None:  # there may be one already: a transaction dependency's, say
         lease = await db.pool.acquire()
-        with sharing:
+        with request.sharing:
             held = request.hold(db, lease)
         if held is lease:
             lease.turn.release()

@@ -247,6 +247,7 @@ class RequestScope:
         "leases",
         "owners",
         "response_started",
+        "sharing",
         "transactions",
     )
 
@@ -261,6 +262,9 @@ class RequestScope:
         self.leases: dict[PeeweeConnectionState, Lease | dict[str, Any]] = {}
         #: The databases that these belong to.
         self.owners: dict[PeeweeConnectionState, Any] = {}
+        #: Held while it is decided who gives back what the request holds. Each request has its own:
+        #: in a forked process there is nobody left to release one that a parent's thread had.
+        self.sharing = threading.Lock()
         #: The async blocks that are open, and the tasks that have entered them.
         self.blocks: dict[Any, Any] = {}
         #: How many transaction dependencies are open.
@@ -281,7 +285,7 @@ class RequestScope:
     def drop(self, db: Any, held: Any) -> bool:
         """Hold this no longer. Returns False if it wasn't held: then somebody else gives it back.
 
-        Threads of the request and its event loop may do so at once: call it under a lock.
+        Threads of the request and its event loop may do so at once: call it under `sharing`.
         """
         if self.leases.get(db._state) is not held:
             return False
