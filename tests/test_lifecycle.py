@@ -103,6 +103,56 @@ async def test_what_a_thread_gives_back_as_its_request_ends_is_given_back_once(
         db.pool.give_back(lease)
 
 
+async def test_a_thread_that_comes_as_the_last_one_leaves_takes_a_connection_of_its_own(
+    database_url: str,
+) -> None:
+    """What a thread of a request gives back no other one holds as well, to give it back again."""
+    async with connected(database_url) as db:
+        request: Any = RequestScope()
+
+        def come_and_go() -> None:
+            RequestScope.current.set(request)
+            last, lock = db.connection_context(), request.sharing
+            last.__enter__()
+
+            @contextmanager
+            def sharing() -> Iterator[None]:
+                request.sharing = lock
+                last.__exit__(None, None, None)  # in its thread, before we have the lock
+                with lock:
+                    yield
+
+            request.sharing = sharing()
+            with db.connection_context():
+                assert db.execute_sql("SELECT 7").fetchone()[0] == 7
+                assert db.pool_stats.in_use == 1
+
+        await asyncio.to_thread(come_and_go)
+        assert db.pool_stats.in_use == 0
+        assert not request.holds_anything
+
+
+async def test_what_a_thread_comes_to_hold_as_the_response_starts_it_keeps(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The response gives back what no thread holds when it does it, not what none held before."""
+    async with connected(sqlite_url) as db:
+        request, lease = RequestScope(), await db.pool.acquire()
+        request.hold(db, lease)
+        lease.turn.release()
+
+        @contextmanager
+        def sharing() -> Iterator[None]:
+            lease.contexts += 1  # by a thread, before we have the lock
+            yield
+
+        monkeypatch.setattr(request, "sharing", sharing())
+        await lifecycle._release(request)
+        assert not lease.ended
+        assert lease.turn.acquire_nowait()
+        db.pool.give_back(lease)
+
+
 async def test_a_thread_keeps_its_connection_while_the_response_is_sent(
     database_url: str,
 ) -> None:

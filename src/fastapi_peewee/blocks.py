@@ -321,20 +321,26 @@ class LeaseContext(_Block, ConnectionContext):
 
     def __enter__(self) -> Any:
         db, request = self.db, RequestScope.current.get()
-        lease = db._state.lease()
-        if request is None or (lease is not None and not (lease.root is lease and lease.contexts)):
+        if request is None or db._state.bound_lease() is not None:
             return super().__enter__()
-        if lease is None:
-            db._state.guard_loop()
-            with _spare_thread(db.pool.stats.in_use >= db.pool.size):
-                lease = db.pool.acquire_blocking()
-            lease.follow_ups = None  # there is no event loop to await them on
-            try:
-                db.pool.connect(lease)
-            except BaseException:
-                db.pool.give_back(lease)
-                raise
-            lease.turn.release()
+        with request.sharing:  # until it is counted, the last of the others may give it back
+            held = db._state.lease()
+            if held is not None and held.contexts:
+                held.contexts += 1
+                self._taken, self._request = held, request
+                return None
+        if held is not None:
+            return super().__enter__()
+        db._state.guard_loop()
+        with _spare_thread(db.pool.stats.in_use >= db.pool.size):
+            lease = db.pool.acquire_blocking()
+        lease.follow_ups = None  # there is no event loop to await them on
+        try:
+            db.pool.connect(lease)
+        except BaseException:
+            db.pool.give_back(lease)
+            raise
+        lease.turn.release()
         with request.sharing:
             held = request.hold(db, lease)
             held.contexts += 1

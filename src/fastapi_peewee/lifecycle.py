@@ -211,9 +211,9 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
     finally:
         leaving = []
         for state, held in list(request.leases.items()):
-            if not over and isinstance(held, Lease) and held.contexts:
-                continue
             with request.sharing:
+                if not over and isinstance(held, Lease) and held.contexts:
+                    continue
                 db = request.owners.get(state)
                 if db is None or not request.drop(db, held):
                     continue  # a thread of this request has given it back meanwhile
