@@ -269,6 +269,38 @@ async def test_draining_doesnt_wait_for_ever(pool: Pool, driver: Driver, clock: 
     assert pool.stats.in_use == 0
 
 
+async def test_draining_that_is_cancelled_leaves_a_pool_as_new(pool: Pool, driver: Driver) -> None:
+    """Whoever waits no longer has closed what was idle, and what is in use when it comes back; the
+    pool's next use opens it again."""
+    lease, idle = take(pool), take(pool)
+    pool.give_back(idle)
+    draining = asyncio.create_task(pool.drain(LONG))
+    await asyncio.sleep(0)
+    with pytest.raises(PoolClosed):
+        await pool.acquire()
+    draining.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await draining
+    until(lambda: driver.closed == [1])
+    assert take(pool).state["conn"] == 2
+    pool.give_back(lease)
+    assert driver.closed == [1, 0]
+
+
+async def test_of_two_that_drain_at_a_time_one_opens_the_pool_again(pool: Pool) -> None:
+    """The slots and threads that are in use since then stay in use when the other one ends."""
+    lease = take(pool)
+    draining = asyncio.create_task(pool.drain(LONG))
+    await asyncio.sleep(0)
+    assert not await pool.drain(0)
+    take(pool)
+    workers = pool.workers
+    pool.give_back(lease)
+    assert await draining
+    assert pool.stats.in_use == 1
+    assert pool.workers is workers
+
+
 def test_renewing_replaces_connections_in_use_too(pool: Pool, driver: Driver) -> None:
     """After `renew()` neither idle connections nor those in use are lent again."""
     in_use, idle = take(pool), take(pool)

@@ -487,25 +487,30 @@ class Pool:
 
         Who waits for a lease gets `PoolClosed`. A connection still in use when the time is over
         is closed when it comes back. Afterwards the pool is as new: its next use opens it again.
+        Cancelled, it waits no longer, as if the time were over.
 
         Returns whether all leases were back in time.
         """
         gate = self._gate
         gate.close()
         deadline = self._clock() + grace
-        while gate.held and self._clock() < deadline:  # noqa: ASYNC110 (threads give back, too)
-            await asyncio.sleep(0.01)
-        drained = not gate.held
-        with self._lock:
-            self._gate = Gate(self.size, max_waiting=self.max_waiting)
-            workers, self._workers = self._workers, None
+        try:
+            while gate.held and self._clock() < deadline:  # noqa: ASYNC110 (threads give back, too)
+                await asyncio.sleep(0.01)
+        finally:
+            drained, workers = not gate.held, None
+            with self._lock:
+                if self._gate is gate:  # unless another call of this was faster
+                    self._gate = Gate(self.size, max_waiting=self.max_waiting)
+                    workers, self._workers = self._workers, None
 
-        def close() -> None:
-            self.renew()
-            if workers is not None:
-                workers.end(wait=drained)
+            def close() -> None:
+                self.renew()
+                if workers is not None:
+                    workers.end(wait=drained)
 
-        await asyncio.to_thread(close)
+            closing = asyncio.get_running_loop().run_in_executor(None, close)
+        await asyncio.shield(closing)
         return drained
 
     def _forked(self) -> None:
