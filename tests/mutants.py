@@ -270,8 +270,8 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_MarkedSavepoint.rollback",
-                "del self.db._state.commit_callbacks[self._callbacks:]",
-                "pass",
+                "callbacks.remove(callback)",
+                "None",
             ),
         ),
         BLOCKS,

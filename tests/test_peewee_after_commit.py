@@ -120,6 +120,59 @@ async def test_after_commit_is_undone_with_its_savepoint(mode: Mode, calls: list
     assert calls == ["outer", "inner"]
 
 
+async def test_a_task_keeps_its_callbacks_if_anothers_savepoint_is_undone(
+    db: Database, calls: list[str]
+) -> None:
+    """What a task registers in the outer block is none of a nested block's that is open by then."""
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    async def nested() -> None:
+        with oops_gets_out():
+            async with db.atomic():
+                inside.set()
+                await go_on.wait()
+                async with db.atomic():
+                    db.after_commit(note(calls, "nested"))
+                raise Oops
+
+    async with db.atomic():
+        task = asyncio.create_task(nested())
+        await inside.wait()
+        db.after_commit(note(calls, "outer"))
+        go_on.set()
+        await task
+
+    assert calls == ["outer"]
+
+
+async def test_after_commit_is_called_at_once_beside_anothers_transaction(
+    db: Database, calls: list[str]
+) -> None:
+    """A task that shares a connection with one whose transaction is open is in none itself."""
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    async def call() -> None:
+        calls.append("async")
+
+    async def transaction() -> None:
+        with oops_gets_out():
+            async with db.atomic():
+                inside.set()
+                await go_on.wait()
+                db.after_commit(note(calls, "rolled back"))
+                raise Oops
+
+    async with db.connection_context():
+        task = asyncio.create_task(transaction())
+        await inside.wait()
+        db.after_commit(note(calls, "now"))
+        db.after_commit(call)
+        go_on.set()
+        await task
+
+    assert calls == ["now", "async"]
+
+
 @in_each_mode
 async def test_an_after_commit_callback_may_query(mode: Mode, seen: Seen) -> None:
     """A callback runs outside of the transaction: it may query, and begin one of its own."""

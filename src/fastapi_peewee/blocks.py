@@ -91,6 +91,10 @@ class _Block:
             if lease is not None:
                 lease.give_turn()
 
+    def covers(self, lease: Lease | None) -> bool:
+        """Whether code under this lease is part of the block, entered with `with`."""
+        return lease is None or self._on is None or lease.within(self._on)
+
     async def __aenter__(self) -> Any:
         lease = await self.aenter_unbound()
         self._outer = self.db._state._state.get()
@@ -248,17 +252,35 @@ class _SafeTransaction(_transaction):
             self.db.close_if_dead()
 
 
+class CommitCallback:
+    """What `after_commit` was given, and the lease in force there."""
+
+    __slots__ = ("fn", "lease")
+
+    def __init__(self, fn: Callable[[], Any], lease: Lease | None) -> None:
+        self.fn = fn
+        self.lease = lease
+
+    def __call__(self) -> Any:
+        return self.fn()
+
+
 class _MarkedSavepoint(_savepoint):
     """Peewee's savepoint, except that its `after_commit` callbacks are dropped with it, and that a
     ROLLBACK that fails doesn't hide why it was needed.
     """
+
+    covers: Callable[[Lease | None], bool]  # the block's
 
     def _begin(self) -> None:
         self._callbacks = len(self.db._state.commit_callbacks)
         super()._begin()
 
     def rollback(self, begin: bool = True) -> None:
-        del self.db._state.commit_callbacks[self._callbacks :]
+        callbacks = self.db._state.commit_callbacks
+        for callback in callbacks[self._callbacks :]:
+            if self.covers(callback.lease):  # not what other tasks have registered meanwhile
+                callbacks.remove(callback)
         super().rollback(begin)
 
     def __exit__(

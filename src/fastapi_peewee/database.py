@@ -20,7 +20,7 @@ import peewee
 
 from . import single
 from .async_names import AsyncNames
-from .blocks import Atomic, LeaseContext, Savepoint, Transaction
+from .blocks import Atomic, CommitCallback, LeaseContext, Savepoint, Transaction
 from .calls import Call, result_of, run_follow_ups
 from .exceptions import BlockingQuery
 from .pool import Pool, PoolStats
@@ -217,28 +217,41 @@ class Database(AsyncNames, Reads):
         Raises:
             ValueError: `fn` is `async`, but no event loop awaits this code.
         """
+        lease = self._state.lease()
         if _is_async(fn):
-            lease = self._state.lease()
             if lease is None or lease.root.follow_ups is None:
                 raise ValueError(
                     "An async after_commit callback needs an event loop to await it: use it in "
                     "code that runs under `db.run(…)`, `async with db.atomic():` or a request."
                 )
-            if not self.in_transaction():
+            if not self._is_in_transaction(lease):
                 lease.root.follow_ups.append(fn)
                 return fn
-        super().after_commit(fn)
+        if self._is_in_transaction(lease):
+            super().after_commit(CommitCallback(fn, lease))
+        else:
+            fn()
         return fn
+
+    def _is_in_transaction(self, lease: Lease | None) -> bool:
+        """Whether code under this lease is part of a transaction.
+
+        The one that is open may be another task's, which shares the connection of the request.
+        """
+        outermost = next(iter(self._state.transactions), None)
+        if isinstance(outermost, Transaction):
+            return outermost.covers(lease)
+        return outermost is not None
 
     def _run_commit_callbacks(self) -> None:
         callbacks = self._state.commit_callbacks
         todo, callbacks[:] = list(callbacks), []
-        for fn in todo:
-            if _is_async(fn):
-                self._state.lease().root.follow_ups.append(fn)  # type: ignore[union-attr]
+        for callback in todo:
+            if _is_async(callback.fn):
+                callback.lease.root.follow_ups.append(callback.fn)
                 continue
             try:
-                fn()
+                callback()
             except Exception:
                 logger.exception("An after_commit callback failed; its transaction is committed.")
 

@@ -188,6 +188,13 @@ class Lease:
         """Whether it was made before a fork, in the parent process."""
         return self.generation != _generation
 
+    def within(self, other: "Lease") -> bool:
+        """Whether it is the other one, or nested in it."""
+        lease: Lease | None = self
+        while lease is not None and lease is not other:
+            lease = lease.parent
+        return lease is other
+
     def check(self) -> None:
         """Raise unless this lease, and every one it is nested in, is still usable here."""
         lease: Lease | None = self
