@@ -269,13 +269,19 @@ async def test_after_commit_awaits_coroutine_functions(db: Database, seen: Seen)
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("error", [Oops, asyncio.CancelledError])
 async def test_a_failing_coroutine_function_harms_nobody(
-    db: Database, seen: Seen, calls: list[str], caplog: pytest.LogCaptureFixture
+    db: Database,
+    seen: Seen,
+    calls: list[str],
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
-    """Its error is logged; the transaction is committed, and the others are awaited."""
+    """Its error is logged, be it of a task that it awaited and that was cancelled; the transaction
+    is committed, and the others are awaited."""
 
     async def fail() -> None:
-        raise Oops
+        raise error
 
     async def call() -> None:
         calls.append("called")
@@ -286,3 +292,29 @@ async def test_a_failing_coroutine_function_harms_nobody(
         db.after_commit(call)
     assert (seen(), calls) == (["ann"], ["called"])
     assert "An after_commit callback failed" in caplog.text
+
+
+async def test_whoever_cancels_all_tasks_ends_the_callbacks(db: Database, calls: list[str]) -> None:
+    """The callbacks that are awaited are cancelled then, too, and those that wait not begun."""
+    before, begun = asyncio.all_tasks(), asyncio.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def call() -> None:
+        calls.append("called")
+
+    async def transaction() -> None:
+        async with db.atomic():
+            db.after_commit(wait)
+            db.after_commit(call)
+
+    task = asyncio.create_task(transaction())
+    await begun.wait()
+    cancelled = asyncio.all_tasks() - before
+    for each in cancelled:
+        each.cancel()
+    await asyncio.wait(cancelled)
+    assert task.cancelled()
+    assert calls == []

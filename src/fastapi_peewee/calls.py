@@ -243,7 +243,10 @@ async def run_follow_ups(lease: Lease) -> None:
         for callback in todo:
             try:
                 await callback()
-            except Exception:
+            except (Exception, asyncio.CancelledError):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
                 logger.exception("An after_commit callback failed; its transaction is committed.")
 
     await asyncio.shield(detached(run()))
