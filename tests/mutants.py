@@ -253,7 +253,7 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_Block.aenter_unbound",
-                "await leave(db, lease, partial(self._end, error) if call.succeeded else _nothing)",
+                "await leave(db, lease, partial(self._end, error) if entered else _nothing)",
                 "await leave(db, lease, _nothing)",
             ),
         ),

@@ -38,6 +38,63 @@ async def test_without_a_thread_it_fails_and_holds_nothing(
         assert await db.run(lambda: 7) == 7
 
 
+async def test_without_a_thread_a_block_fails_and_holds_nothing(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If no thread can be started, a block isn't entered, and connection and turn are free."""
+
+    def refuse(work: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def fail() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(db.pool.workers, "put", refuse)
+            async with db.atomic():
+                pass
+
+    # While the errors are there, so are the leases: nobody collects what was forgotten.
+    with pytest.raises(RuntimeError, match="can't start") as outer:
+        await fail()
+    assert db.pool_stats.in_use == 0
+    async with db.atomic():
+        with pytest.raises(RuntimeError, match="can't start") as inner:
+            await fail()
+        assert await db.run(lambda: 7) == 7
+    del outer, inner
+
+
+async def test_without_a_thread_to_interrupt_it_a_call_is_waited_for(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If no thread can be started, nothing ends a cancelled call; it is waited for."""
+    begun, go_on, refused = threading.Event(), threading.Event(), asyncio.Event()
+    ended: list[bool] = []
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if "interrupt" in thread.name:
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def call() -> None:
+        begun.set()
+        ended.append(go_on.wait(30))
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    task = asyncio.create_task(db.run(call))
+    await asyncio.to_thread(begun.wait, 30)
+    task.cancel()
+    await refused.wait()
+    was_done = task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not was_done
+    assert ended == [True]
+    assert db.pool_stats.in_use == 0
+
+
 async def test_what_is_cancelled_before_its_thread_begins_is_not_done(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,24 @@ async def test_without_a_threshold_nothing_is_watched(
         pass
 
 
+def test_without_a_thread_that_looks_the_next_lease_starts_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If no thread can be started, a lease is taken all the same, and the next one tries again."""
+    started: list[str] = []
+
+    def start(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        if len(started) == 1:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    watch, leases = Watch(LIMIT), [lease() for _ in range(3)]
+    for each in leases:
+        watch.begin(each)
+    assert started == ["fastapi-peewee-leaks"] * 2
+
+
 @pytest.mark.parametrize("threshold", [0, -1, float("nan")])
 def test_a_threshold_that_makes_no_sense_is_refused(threshold: float) -> None:
     """A limit that isn't above zero is a `ValueError` that quotes it."""

@@ -115,12 +115,14 @@ class _Block:
         """Enter the block without binding its lease to the context of the caller."""
         db = self.db
         lease = await db.begin_lease()
-        call = Call(db.pool, db._state, lease, self.__enter__, Lease.give_turn)
+        call = None
         try:
+            call = Call(db.pool, db._state, lease, self.__enter__, Lease.give_turn)
             self._entered = await result_of(call)
         except BaseException as error:
             # If it was entered, the task was cancelled meanwhile: nobody else will leave the block.
-            await leave(db, lease, partial(self._end, error) if call.succeeded else _nothing)
+            entered = call is not None and call.succeeded
+            await leave(db, lease, partial(self._end, error) if entered else _nothing)
             raise
         self._lease, self._left = lease, False
         request = RequestScope.current.get()

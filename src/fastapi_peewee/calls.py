@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import Context, copy_context
 from threading import get_ident
 from typing import Any
@@ -122,9 +123,10 @@ class Call:
 
     def interrupt(self) -> None:
         """Have the statements that it still runs ended. It doesn't wait for that."""
-        threading.Thread(
-            target=self._interrupt, name="fastapi-peewee-interrupt", daemon=True
-        ).start()
+        with suppress(RuntimeError):  # no thread can be started: they are waited for
+            threading.Thread(
+                target=self._interrupt, name="fastapi-peewee-interrupt", daemon=True
+            ).start()
 
     def _interrupt(self) -> None:
         # Again and again: the thread may be just about to send a statement, or may send another.

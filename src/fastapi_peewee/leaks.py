@@ -7,6 +7,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from os.path import dirname
 from types import CodeType, FrameType
 from typing import NamedTuple
@@ -58,8 +59,9 @@ class Watch:
         with self._lock:
             if self._is_running:
                 return
-            self._is_running = True
-        threading.Thread(target=self._run, name="fastapi-peewee-leaks", daemon=True).start()
+            with suppress(RuntimeError):  # no thread can be started: by the next one, perhaps
+                threading.Thread(target=self._run, name="fastapi-peewee-leaks", daemon=True).start()
+                self._is_running = True
 
     def end(self, lease: Lease) -> None:
         self._out.pop(id(lease), None)
