@@ -544,3 +544,42 @@ async def test_a_loop_left_early_leaves_nothing_behind(db: Database, account: An
             break
     assert db.pool_stats.in_use == 0
     assert await db.count(account.select()) == 10
+
+
+async def test_a_generator_that_another_task_closes_ends_no_block_of_that(
+    db: Database, account: Any
+) -> None:
+    """Its own block ends; the block of the task that closes it stays in force there."""
+
+    async def rows() -> AsyncIterator[int]:
+        async with db.connection_context():
+            yield 1
+
+    async def begin() -> None:
+        await anext(generator)
+
+    generator: Any = rows()
+    await asyncio.create_task(begin())
+    with suppress(ZeroDivisionError):
+        async with db.atomic():
+            await generator.aclose()
+            await account.acreate(name="rolled back")
+            raise ZeroDivisionError
+    assert await names(account) == []
+
+
+async def test_a_block_ends_with_a_generator_that_was_begun_in_it(
+    db: Database, account: Any
+) -> None:
+    """A generator's block, whoever closes it, is in force no longer than the one around it."""
+
+    async def rows() -> AsyncIterator[int]:
+        async with db.connection_context():
+            yield 1
+
+    generator: Any = rows()
+    async with db.atomic():
+        await anext(generator)
+        closing = asyncio.create_task(generator.aclose())
+    await closing
+    assert await names(account) == []

@@ -108,7 +108,11 @@ class _Block:
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.db._state.bind(self._outer)
+        state = self.db._state
+        bound = state._state.get()
+        # A generator that another task closes isn't in force there; what is may be another block.
+        if isinstance(bound, Lease) and bound.within(self._lease):
+            state.bind(self._outer)
         await self.aexit_unbound(exc)
 
     async def aenter_unbound(self) -> Lease:
