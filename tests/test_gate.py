@@ -1,6 +1,7 @@
 """The gate: who gets in, in which order, and that no slot is ever lost."""
 
 import asyncio
+import math
 import random
 import threading
 from collections.abc import Iterator
@@ -57,6 +58,20 @@ async def test_a_wait_ends_at_its_time_limit() -> None:
     await gate.acquire(LONG)
     assert not await gate.acquire(0.01)
     assert not await asyncio.to_thread(gate.acquire_blocking, 0.01)
+    gate.release()
+    assert at_rest(gate)
+
+
+async def test_a_wait_may_be_without_a_limit() -> None:
+    """Who waits at most infinitely long, task or thread, waits until it is let in."""
+    gate = Gate(1, free=0)
+    task = asyncio.create_task(gate.acquire(math.inf))
+    thread = asyncio.create_task(asyncio.to_thread(gate.acquire_blocking, math.inf))
+    while gate.waiting < 2 and not thread.done():
+        await asyncio.sleep(0)
+    for waiting in (task, thread):
+        gate.release()
+        assert await waiting
     gate.release()
     assert at_rest(gate)
 

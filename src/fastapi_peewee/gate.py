@@ -88,7 +88,8 @@ class Gate:
         if self._enqueue(waiter):
             return True
         try:
-            woken.wait(timeout)
+            # A lock knows no longer time, such as infinity, which tasks may wait for.
+            woken.wait(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         except BaseException:  # KeyboardInterrupt
             if not self._leave(waiter):
                 self.release()
