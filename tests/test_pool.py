@@ -626,6 +626,25 @@ def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Cloc
     pool.give_back(lease)
 
 
+def test_a_connection_that_cannot_be_watched_is_closed(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be started for its limits, it isn't used without them, nor kept."""
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = of_one(driver, statement_timeout=1)
+    lease = pool.acquire_blocking()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading.Thread, "start", full)
+        pool.connect(lease)
+    pool.give_back(lease)
+    assert driver.closed == driver.opened == [0]
+    pool.give_back(take(pool))
+    assert pool.stats.idle == 1
+
+
 @pytest.mark.parametrize("name", ["statement_timeout", "transaction_timeout"])
 def test_limits_are_checked(name: str, driver: Driver) -> None:
     """A limit of no time is a mistake, and said to be one."""

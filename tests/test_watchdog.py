@@ -122,6 +122,28 @@ def test_a_failing_cut_is_logged_and_the_others_are_looked_at(
     assert caplog.text.count("could not be cut") == 2
 
 
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a thread to spare costs one connection, and not the limits of all that are
+    opened later."""
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    cut: list[Any] = []
+    clock, lost, held = Clock(), Held(waiting=0.0), Held(waiting=0.0)
+    watchdog = make(clock, cut)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading.Thread, "start", full)
+        watchdog.watch(lost)
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
+    watchdog.watch(held)
+    assert len(started) == 1
+    clock.now = 2.0
+    watchdog.look()
+    assert [found for found, _ in cut] == [held]
+
+
 def test_its_thread_lives_while_there_is_something_to_look_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

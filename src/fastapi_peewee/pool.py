@@ -335,6 +335,9 @@ class Pool:
             conn = self._opener.open_connection(limit)
             with translate_driver_errors:
                 self._opener.prepare_session(conn, self.statement_timeout)
+            held = _Held(conn, epoch, self._clock())
+            if self._watchdog is not None:
+                self._watchdog.watch(held)
         except BaseException as error:
             if conn is not None:
                 self._opener.close_connection(conn)
@@ -352,9 +355,6 @@ class Pool:
             ) from error
         self._breaker.succeeded()
         self._count("_opened")
-        held = _Held(conn, epoch, self._clock())
-        if self._watchdog is not None:
-            self._watchdog.watch(held)
         return held
 
     def waiting(self, lease: Lease | None) -> AbstractContextManager[None]:

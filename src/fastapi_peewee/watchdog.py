@@ -90,16 +90,22 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def watch(self, held: Any) -> None:
+        """Look at this connection from now on.
+
+        Raises:
+            RuntimeError: no thread could be started.
+        """
         with self._lock:
-            self._watched.add(held)
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=_patrol,
                     args=(weakref.ref(self),),
                     name="fastapi-peewee-watchdog",
                     daemon=True,
                 )
-                self._thread.start()
+                thread.start()  # if there can be none now, the next connection tries again
+                self._thread = thread
+            self._watched.add(held)
 
     def forget(self, held: Any) -> None:
         with self._lock:
