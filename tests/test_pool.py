@@ -38,6 +38,8 @@ class Driver:
     dirty: set[int] = field(default_factory=set)
     interrupted: list[int] = field(default_factory=list)
     were_cut: list[int] = field(default_factory=list)
+    #: Whether one that was cut goes on.
+    goes_on: bool = False
     unreachable: bool = False
     #: The time that the last attempt to connect, or the last question, had.
     limit: float = 0.0
@@ -69,8 +71,9 @@ class Driver:
         self.interrupted.append(conn)
         return conn not in self.dirty
 
-    def cut(self, conn: int) -> None:
+    def cut(self, conn: int) -> bool:
         self.were_cut.append(conn)
+        return self.goes_on
 
     def clean(self, conn: int, lease: Lease) -> bool:
         self.cleaned.append(conn)
@@ -624,6 +627,30 @@ def test_a_connection_that_was_cut_is_not_used_again(driver: Driver, clock: Cloc
     assert driver.were_cut == [0, 1]
     assert "transaction_timeout" in str(lease.state["aborted"])
     pool.give_back(lease)
+
+
+def test_a_connection_that_was_cut_and_goes_on_ends_with_its_lease(
+    driver: Driver, clock: Clock
+) -> None:
+    """It is watched as before until then, and what it did isn't held against the next transaction
+    of the lease, not even if it is cut as the transaction ends."""
+    driver.goes_on = True
+    pool = of_one(driver, statement_timeout=1, transaction_timeout=5, clock=clock)
+    assert pool._watchdog is not None
+    lease = take(pool)
+    for _ in range(2):
+        pool.transaction(lease, begun=True)
+        clock.now += 5.3
+        pool._watchdog.look()
+        assert "transaction_timeout" in str(lease.state["aborted"])
+        lease.state["aborted"] = None  # as the first step of its end
+        driver.were_cut.clear()
+        pool._watchdog.look()
+        assert driver.were_cut[0] == 0
+        pool.transaction(lease, begun=False)
+        assert lease.state["aborted"] is None
+    pool.give_back(lease)
+    assert driver.closed == [0]
 
 
 def test_a_connection_that_cannot_be_watched_is_closed(

@@ -99,6 +99,22 @@ async def test_the_limit_is_for_each_statement(db: Database) -> None:
         await db.aexecute_sql(slow(db))
 
 
+async def test_the_limit_holds_for_who_goes_on(sqlite_url: str) -> None:
+    """A call whose statement SQLite has ended, and that goes on, has the same limit for the next
+    ones: on the same connection, which isn't kept afterwards."""
+    async with connected(sqlite_url, statement_timeout=LIMIT, pool_size=1) as db:
+
+        def many() -> None:
+            for _ in range(3):
+                with pytest.raises(peewee.OperationalError, match="interrupted"):
+                    db.execute_sql(slow(db))
+            assert db.execute_sql("SELECT 1").fetchone() == (1,)
+
+        with anyio.fail_after(SOON):
+            await db.run(many)
+        assert (db.pool_stats.opened, db.pool_stats.discarded) == (1, 1)
+
+
 async def test_a_transaction_that_stays_open_is_rolled_back(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

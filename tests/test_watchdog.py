@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +29,16 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_patrol", lambda _: None)
 
 
-def make(clock: Clock, cut: list[Any], **limits: Any) -> Watchdog:
+def make(
+    clock: Callable[[], float], cut: list[Any], goes_on: bool = False, **limits: Any
+) -> Watchdog:
     settings = {"statement": 1.0, "transaction": 10.0, **limits}
-    return Watchdog(cut=lambda held, reason: cut.append((held, reason)), clock=clock, **settings)
+
+    def cut_off(held: Any, reason: str) -> bool:
+        cut.append((held, reason))
+        return goes_on
+
+    return Watchdog(cut=cut_off, clock=clock, **settings)
 
 
 def test_a_statement_over_its_limit_is_cut_once() -> None:
@@ -48,6 +56,28 @@ def test_a_statement_over_its_limit_is_cut_once() -> None:
         assert watchdog.look()
     assert cut == [(held, "A statement took longer than 1 s (statement_timeout)")]
     assert held.cut
+
+
+@pytest.mark.parametrize("kind", ["waiting", "transaction"])
+def test_a_connection_that_goes_on_is_cut_again(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the same statement or transaction lasts, which the log has once; and for the next."""
+    cut: list[Any] = []
+    clock, held = Clock(), Held()
+    watchdog = make(clock, cut, goes_on=True)
+    watchdog.watch(held)
+    for number in (1, 2):
+        setattr(held, kind, clock())
+        clock.now += 10.1
+        watchdog.look()
+        clock.now += 0.1
+        watchdog.look()
+        setattr(held, kind, None)
+        watchdog.look()
+        assert len(cut) == 2 * number
+        assert caplog.text.count("its connection was cut") == number
+    assert not held.cut
 
 
 @pytest.mark.parametrize(("limit", "told"), [(None, None), (5, 4.8), (1, 0.8), (0.25, 0.2)])
@@ -109,7 +139,7 @@ def test_a_failing_cut_is_logged_and_the_others_are_looked_at(
     cut: list[Any] = []
     clock = Clock()
 
-    def fail(held: Any, reason: str) -> None:
+    def fail(held: Any, reason: str) -> bool:
         cut.append(held)
         raise OSError("bad descriptor")
 
@@ -164,7 +194,7 @@ def test_its_thread_lives_while_there_is_something_to_look_at(
         thread = watchdog._thread
         watchdog.forget(held)
         gone(thread)
-    watchdog = Watchdog(1.0, None, lambda held, reason: cut.append(held), time.monotonic)
+    watchdog = make(time.monotonic, cut)
     held = Held(waiting=time.monotonic() - 60)
     watchdog.watch(held)
     thread = watchdog._thread

@@ -594,7 +594,7 @@ class Database(AsyncNames, Reads):
     def interrupt(self, conn: Any) -> bool:
         raise NotImplementedError
 
-    def cut(self, conn: Any) -> None:
+    def cut(self, conn: Any) -> bool:
         raise NotImplementedError
 
     def clean(self, conn: Any, lease: Lease) -> bool:

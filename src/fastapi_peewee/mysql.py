@@ -83,8 +83,9 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
             self.cut(conn)  # the server is away, or frozen
         return False  # what comes too late would end the next statement
 
-    def cut(self, conn: Any) -> None:
+    def cut(self, conn: Any) -> bool:
         shut_down(conn._sock.fileno())
+        return False
 
     def _set_server_version(self, conn: Any) -> None:
         super()._set_server_version(conn)

@@ -63,8 +63,10 @@ class Opener(Protocol):
         for it. Returns whether the connection may be used by others afterwards.
         """
 
-    def cut(self, conn: Any) -> None:
-        """Have a thread that waits for the server fail at once."""
+    def cut(self, conn: Any) -> bool:
+        """Have a thread that waits for the server fail at once. Returns whether the thread can go
+        on with the connection, so that it may have to be cut again.
+        """
 
     def clean(self, conn: Any, lease: Lease) -> bool:
         """Roll back what is open, close cursors and, if the lease is tainted, reset the session.
@@ -372,11 +374,14 @@ class Pool:
             held = lease.root.held
             with held.lock:
                 held.transaction = self._clock() if begun else None
+                if not begun:
+                    held.state["aborted"] = None  # it may have been cut as it ended
 
-    def _cut(self, held: _Held, reason: str) -> None:
+    def _cut(self, held: _Held, reason: str) -> bool:
         if held.transaction is not None and held.state.get("aborted") is None:
             held.state["aborted"] = peewee.OperationalError(reason)
-        self._opener.cut(held.conn)
+        held.epoch = _WORN_OUT
+        return self._opener.cut(held.conn)
 
     def interrupt(self, lease: Lease) -> None:
         """End the statement that runs under a lease, which may not end meanwhile. It may block."""

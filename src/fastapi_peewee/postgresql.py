@@ -263,8 +263,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             self.cut(conn)  # or the server is away, or frozen
         return True
 
-    def cut(self, conn: Any) -> None:
+    def cut(self, conn: Any) -> bool:
         shut_down(conn.pgconn.socket)
+        return False
 
     def clean(self, conn: Any, lease: Lease) -> bool:
         status = conn.pgconn.transaction_status

@@ -281,8 +281,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         conn.interrupt()
         return True
 
-    def cut(self, conn: Any) -> None:
-        conn.interrupt()
+    def cut(self, conn: Any) -> bool:
+        return self.interrupt(conn)
 
     def clean(self, conn: Any, lease: Lease) -> bool:
         try:

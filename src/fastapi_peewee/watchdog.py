@@ -33,7 +33,7 @@ class Watched(Protocol):
         transaction: since when a transaction is open; None: none is.
         lock: guards `waiting`, `transaction` and `cut`, so that nobody's connection is cut for
             what somebody had done with it before.
-        cut: whether it was cut.
+        cut: whether it was cut, and is dead. SQLite's goes on, and is looked at again.
     """
 
     conn: Any
@@ -66,7 +66,9 @@ class Watchdog:
     Args:
         statement, transaction: seconds; None for no limit.
         cut: breaks a connection off, or ends what runs on it; the first argument is the connection,
-            the second says why.
+            the second says why. It returns whether the connection goes on. If so it is called again
+            and again while the same statement or transaction lasts: what was just about to run
+            isn't ended by it.
         clock: monotonic seconds.
     """
 
@@ -74,7 +76,7 @@ class Watchdog:
         self,
         statement: float | None,
         transaction: float | None,
-        cut: Callable[[Any, str], None],
+        cut: Callable[[Any, str], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._statement = statement
@@ -86,7 +88,8 @@ class Watchdog:
     def start_anew(self) -> None:
         """Forget everything: after a fork, say, when there is no thread any more."""
         self._lock = threading.Lock()
-        self._watched: set[Any] = set()
+        #: For each connection, the `waiting` and the `transaction` for which it was cut last.
+        self._watched: dict[Any, dict[str, float]] = {}
         self._thread: threading.Thread | None = None
 
     def watch(self, held: Any) -> None:
@@ -105,26 +108,34 @@ class Watchdog:
                 )
                 thread.start()  # if there can be none now, the next connection tries again
                 self._thread = thread
-            self._watched.add(held)
+            self._watched[held] = {}
 
     def forget(self, held: Any) -> None:
         with self._lock:
-            self._watched.discard(held)
+            self._watched.pop(held, None)
 
     def look(self) -> bool:
         """Cut what is over its limit. Returns whether there is anything left to look at."""
         with self._lock:
-            watched = list(self._watched)
+            watched = list(self._watched.items())
             if not watched:
                 self._thread = None
                 return False
         now = self._clock()
-        for held in watched:
-            self._check(held, "waiting", "statement", self._statement, now)
-            self._check(held, "transaction", "transaction", self._transaction, now)
+        for held, ended in watched:
+            self._check(held, ended, "waiting", "statement", self._statement, now)
+            self._check(held, ended, "transaction", "transaction", self._transaction, now)
         return True
 
-    def _check(self, held: Watched, name: str, what: str, limit: float | None, now: float) -> None:
+    def _check(
+        self,
+        held: Watched,
+        ended: dict[str, float],
+        name: str,
+        what: str,
+        limit: float | None,
+        now: float,
+    ) -> None:
         since = getattr(held, name)
         if since is None or limit is None or now - since <= limit:
             return
@@ -132,11 +143,13 @@ class Watchdog:
             # The same one still? Floats are compared by identity: each begins with one of its own.
             if getattr(held, name) is not since or held.cut:
                 return
-            held.cut = True
             reason = f"A {what} took longer than {limit:g} s ({what}_timeout)"
-            logger.warning("%s; its connection was cut.", reason)
+            if ended.get(name) is not since:
+                logger.warning("%s; its connection was cut.", reason)
+            ended[name] = since
+            held.cut = True
             try:
-                self._cut(held, reason)
+                held.cut = not self._cut(held, reason)
             except Exception:
                 logger.exception("A connection could not be cut.")
 
