@@ -13,6 +13,7 @@ import pytest
 from fastapi_peewee import Database, TransactionAborted
 from fastapi_peewee.mysql import MySQLDatabase
 from fastapi_peewee.postgresql import PostgresqlDatabase
+from fastapi_peewee.state import translate_driver_errors
 from soak.faults import sessions
 from soak.looking import plain_database
 from soak.proxy import Proxy
@@ -97,6 +98,61 @@ async def test_the_limit_is_for_each_statement(db: Database) -> None:
     await db.run(lambda: db.connection() and None)  # what was done with it, nobody knows: reset
     with anyio.fail_after(SOON), pytest.raises(peewee.DatabaseError):
         await db.aexecute_sql(slow(db))
+
+
+def _fetch_all(db: Database) -> Any:
+    return db.execute_sql(SLOW_ROWS).fetchall()
+
+
+def _fetch_many(db: Database) -> Any:
+    cursor = db.execute_sql(SLOW_ROWS)
+    while rows := cursor.fetchmany(1):
+        assert rows
+
+
+def _fetch_one(db: Database) -> Any:
+    cursor = db.execute_sql(SLOW_ROWS)
+    while row := cursor.fetchone():
+        assert row
+
+
+def _iterate(db: Database) -> Any:
+    return list(db.execute_sql(SLOW_ROWS))
+
+
+def _query(db: Database) -> Any:
+    return list(db.open_rows(peewee.RawQuery(SLOW_ROWS, _database=db)))
+
+
+def _stream(db: Database) -> Any:
+    return list(db.stream(SLOW_ROWS, (), 1))
+
+
+def _cursor(db: Database) -> Any:
+    with translate_driver_errors:
+        cursor = db.cursor()
+        cursor.execute("SELECT 1")
+        return cursor.execute(slow(db))
+
+
+#: It takes long after its first row, and then after each hundred thousandth.
+SLOW_ROWS = (
+    "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 10000000000) "
+    "SELECT i FROM n WHERE i = 1 OR i % 100000 = 0"
+)
+
+
+@pytest.mark.parametrize(
+    "read", [_fetch_all, _fetch_many, _fetch_one, _iterate, _query, _stream, _cursor]
+)
+async def test_the_limit_is_also_for_rows_that_are_fetched(sqlite_url: str, read: Any) -> None:
+    """SQLite works as it is asked for rows: however they are read, one by one or at once, the
+    statement is ended when its time is over."""
+    async with connected(sqlite_url, statement_timeout=LIMIT, pool_size=1) as db:
+        with anyio.fail_after(SOON), pytest.raises(peewee.OperationalError, match="interrupted"):
+            await db.run(read, db)
+        assert (await db.aexecute_sql("SELECT 1"))[0][0] == 1
+        await back_to_rest(db)
 
 
 async def test_the_limit_holds_for_who_goes_on(sqlite_url: str) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from fastapi_peewee import watchdog as module
-from fastapi_peewee.watchdog import Waiting, Watchdog, limit_for_database
+from fastapi_peewee.watchdog import Stepwise, Waiting, Watchdog, limit_for_database
 from tests.test_pool import Clock
 
 
 @dataclass(eq=False)
 class Held:
     conn: Any = "connection"
-    waiting: float | None = None
+    waiting: float | Stepwise | None = None
     transaction: float | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     cut: bool = False
@@ -56,6 +56,36 @@ def test_a_statement_over_its_limit_is_cut_once() -> None:
         assert watchdog.look()
     assert cut == [(held, "A statement took longer than 1 s (statement_timeout)")]
     assert held.cut
+
+
+def test_the_steps_of_a_statement_count_together() -> None:
+    """Those that follow the first one that was come upon; what lies between them doesn't count, nor
+    does another statement."""
+    cut: list[Any] = []
+    clock, held = Clock(), Held()
+    watchdog = make(clock, cut)
+    watchdog.watch(held)
+    steps = Stepwise(held, clock)
+    assert steps.anew() is steps
+    for _ in range(3):  # in all 0.9 s, from the first look on
+        with steps:
+            watchdog.look()
+            clock.now += 0.3
+            watchdog.look()
+        clock.now += 100
+        watchdog.look()
+    with steps.anew():
+        clock.now += 0.9
+        watchdog.look()
+    assert cut == []
+    with steps:
+        clock.now += 0.05
+        watchdog.look()
+        assert cut == []
+        clock.now += 0.06
+        watchdog.look()
+    assert [found for found, _ in cut] == [held]
+    assert held.waiting is None
 
 
 @pytest.mark.parametrize("kind", ["waiting", "transaction"])

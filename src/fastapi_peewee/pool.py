@@ -22,7 +22,7 @@ from .exceptions import DatabaseUnavailable, PoolTimeout, TooManyWaiting
 from .gate import Gate
 from .leaks import Watch
 from .state import Lease, translate_driver_errors
-from .watchdog import Waiting, Watchdog, limit_for_database
+from .watchdog import Stepwise, Waiting, Watchdog, limit_for_database
 from .workers import Workers
 
 logger = logging.getLogger("fastapi_peewee")
@@ -108,7 +108,7 @@ class _Held:
         self.state: dict[str, Any] = {}  # of the lease that has it
         self.statements: Any = None  # of the database's making
         # See `watchdog.Watched`.
-        self.waiting: float | None = None
+        self.waiting: float | Stepwise | None = None
         self.transaction: float | None = None
         self.lock = threading.Lock()
         self.cut = False
@@ -364,6 +364,10 @@ class Pool:
         if self._watchdog is None or lease is None or lease.root.held is None:
             return _UNWATCHED
         return Waiting(lease.root.held, self._clock)
+
+    def steps(self, lease: Lease) -> Stepwise | None:
+        """For a statement that is worked for in steps; None if nothing is limited."""
+        return None if self._watchdog is None else Stepwise(lease.root.held, self._clock)
 
     def _waiting_for(self, held: _Held) -> AbstractContextManager[None]:
         return _UNWATCHED if self._watchdog is None else Waiting(held, self._clock)

@@ -8,6 +8,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import peewee
@@ -20,15 +21,32 @@ from .outcomes import only_reads
 from .pool import PoolStats
 from .reads import encoded
 from .state import Lease, translate_driver_errors
+from .watchdog import Stepwise
 from .writers import Writers
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
-def _translating(name: str) -> Any:
+
+def _fetching(name: str) -> Any:
     fetch = getattr(sqlite3.Cursor, name)
 
-    def fetching(self: sqlite3.Cursor, *args: Any) -> Any:
+    def fetching(self: "_Cursor") -> Any:
+        steps = self.steps
         try:
-            return fetch(self, *args)
+            if steps is None:
+                return fetch(self)
+            timed = steps.begun is not None
+            if timed:
+                with steps:
+                    return fetch(self)
+            held = steps.held
+            held.waiting = steps  # `with steps:`, but faster, since it is done for each row
+            try:
+                return fetch(self)
+            finally:
+                held.waiting = None
+                if steps.begun is not None:
+                    steps.end_step()
         except sqlite3.Error:
             with translate_driver_errors:
                 raise
@@ -37,14 +55,27 @@ def _translating(name: str) -> Any:
 
 
 class _Cursor(sqlite3.Cursor):
-    """One whose errors are Peewee's also while rows are fetched, which is when SQLite reads them:
-    that it was interrupted, or that the disk is damaged. Peewee translates those of `execute()`.
+    """One that knows that SQLite works, and may fail, also while rows are fetched. So its time is
+    limited then, too, and its errors are Peewee's, who translates those of `execute()`.
     """
 
-    fetchone = _translating("fetchone")
-    fetchmany = _translating("fetchmany")
-    fetchall = _translating("fetchall")
-    __next__ = _translating("__next__")
+    #: For the watchdog; None: it doesn't look.
+    steps: Stepwise | None = None
+
+    def execute(self, *args: Any) -> Any:
+        if self.steps is None:
+            return super().execute(*args)
+        self.steps = self.steps.anew()
+        with self.steps:
+            return super().execute(*args)
+
+    fetchone = _fetching("fetchone")
+    fetchall = _fetching("fetchall")
+    __next__ = _fetching("__next__")
+
+    def fetchmany(self, *args: Any, **kwargs: Any) -> Any:
+        with translate_driver_errors, self.steps or _NOTHING:
+            return super().fetchmany(*args, **kwargs)
 
 
 class _Connection(sqlite3.Connection):
@@ -156,6 +187,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if gate is not None:
             gate.release()
 
+    def waiting(self) -> AbstractContextManager[None]:
+        return _NOTHING  # its cursors are what is watched
+
     def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
         lease = self._state.lease()
         # The transaction's turn, a read, or a connection whose end nobody would see.
@@ -190,6 +224,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             if root.cursors is None:
                 root.cursors = weakref.WeakSet()
             root.cursors.add(cursor)
+            cursor.steps = self.pool.steps(lease)
         return cursor
 
     def _initialize_connection(self, conn: Any) -> None:
@@ -295,6 +330,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def _clean(self, conn: Any, lease: Lease) -> bool:
         for cursor in lease.cursors or ():
             cursor.close()  # one that is half read keeps the connection on an old snapshot
+            cursor.steps = None
         if conn.in_transaction:
             conn.rollback()
         return not lease.tainted and not lease.state.get("read_only")

@@ -9,9 +9,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 logger = logging.getLogger("fastapi_peewee")
+
+T = TypeVar("T")
 
 #: Seconds between two looks.
 _EVERY = 0.05
@@ -29,7 +31,8 @@ class Watched(Protocol):
     """A connection, for the watchdog.
 
     Attributes:
-        waiting: since when its thread waits for the database, in seconds; None: it doesn't.
+        waiting: since when its thread waits for the database, in seconds, or the statement that
+            knows it; None: it doesn't.
         transaction: since when a transaction is open; None: none is.
         lock: guards `waiting`, `transaction` and `cut`, so that nobody's connection is cut for
             what somebody had done with it before.
@@ -37,7 +40,7 @@ class Watched(Protocol):
     """
 
     conn: Any
-    waiting: float | None
+    waiting: "float | Stepwise | None"
     transaction: float | None
     lock: threading.Lock
     cut: bool
@@ -58,6 +61,52 @@ class Waiting:
     def __exit__(self, *_: object) -> None:
         with self._held.lock:
             self._held.waiting = None
+
+
+class Stepwise:
+    """A statement that its own thread works for, in steps: at each row that it is asked for.
+
+    Its time is that of the steps together, and not what lies between them. To ask the clock at each
+    would take as long as the row, so they only leave word that they go on, until the watchdog has
+    come upon one; from then on they are timed. It knows no cursor: the watchdog may be the last to
+    have it, and closing a cursor waits for what runs on its connection.
+
+    Attributes:
+        begun: when the step that goes on would have begun if there had been nothing between those
+            before it; None: the watchdog hasn't come upon one.
+    """
+
+    __slots__ = ("_clock", "_spent", "begun", "held")
+
+    def __init__(self, held: Watched, clock: Callable[[], float]) -> None:
+        self.held = held
+        self._clock = clock
+        self.begun: float | None = None
+        self._spent = 0.0
+
+    def anew(self) -> "Stepwise":
+        """For another statement: this one, if the watchdog hasn't come upon it."""
+        return self if self.begun is None else Stepwise(self.held, self._clock)
+
+    def since(self, now: float) -> float:
+        """The watchdog has come upon a step. Returns since when its statement takes time."""
+        if self.begun is None:
+            self.begun = now
+        return self.begun
+
+    def __enter__(self) -> None:
+        if self.begun is not None:
+            self.begun = self._clock() - self._spent
+        self.held.waiting = self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.waiting = None
+        self.end_step()
+
+    def end_step(self) -> None:
+        if self.begun is not None:
+            with self.held.lock:  # if it is just being cut, it alone
+                self._spent = self._clock() - self.begun
 
 
 class Watchdog:
@@ -89,7 +138,7 @@ class Watchdog:
         """Forget everything: after a fork, say, when there is no thread any more."""
         self._lock = threading.Lock()
         #: For each connection, the `waiting` and the `transaction` for which it was cut last.
-        self._watched: dict[Any, dict[str, float]] = {}
+        self._watched: dict[Any, dict[str, Any]] = {}
         self._thread: threading.Thread | None = None
 
     def watch(self, held: Any) -> None:
@@ -130,23 +179,26 @@ class Watchdog:
     def _check(
         self,
         held: Watched,
-        ended: dict[str, float],
+        ended: dict[str, Any],
         name: str,
         what: str,
         limit: float | None,
         now: float,
     ) -> None:
-        since = getattr(held, name)
-        if since is None or limit is None or now - since <= limit:
+        found = getattr(held, name)
+        if found is None or limit is None:
+            return
+        stepwise = isinstance(found, Stepwise)
+        if now - (found.since(now) if stepwise else found) <= limit:
             return
         with held.lock:
             # The same one still? Floats are compared by identity: each begins with one of its own.
-            if getattr(held, name) is not since or held.cut:
+            if getattr(held, name) is not found or held.cut:
                 return
             reason = f"A {what} took longer than {limit:g} s ({what}_timeout)"
-            if ended.get(name) is not since:
+            if ended.get(name) is not found:
                 logger.warning("%s; its connection was cut.", reason)
-            ended[name] = since
+            ended[name] = found
             held.cut = True
             try:
                 held.cut = not self._cut(held, reason)
