@@ -5,17 +5,19 @@ import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, closing
 from contextvars import Context  # empty: a task in it isn't part of the block that starts it
 from pathlib import Path
 from typing import Any
 
+import anyio
 import peewee
 import pytest
 
 from fastapi_peewee import Database
 from fastapi_peewee.drivers import Returned
 from fastapi_peewee.writers import Writers
-from tests.apps import connected
+from tests.apps import client, connected, make_app
 
 
 @pytest.fixture
@@ -124,6 +126,49 @@ async def test_patience_has_an_end(db: Database, note: Any) -> None:
         with pytest.raises(peewee.OperationalError, match="database is locked") as failure:
             await asyncio.create_task(note.acreate(text="a"), context=Context())
     assert db.transient(failure.value)
+
+
+@pytest.mark.parametrize("holder", ["ours", "another process's"])
+@pytest.mark.parametrize("way", ["thread", "group", "block"])
+async def test_a_writer_waits_no_longer_than_a_statement_may_take(
+    tmp_path: Path, way: str, holder: str
+) -> None:
+    """Past `statement_timeout`, where that is less than `busy_timeout`, a writer is answered with
+    503, the same for whoever it waits."""
+    url = f"sqlite:///{tmp_path}/app.db"
+    async with connected(url, pool_size=5, busy_timeout=30, statement_timeout=0.3) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        async def block() -> None:
+            async with db.atomic():
+                pass
+
+        await db.acreate_tables([Note])
+        app = make_app(db)
+
+        @app.post("/")
+        async def write() -> None:
+            if way == "thread":
+                await db.run(lambda: Note.insert(text="a").execute())
+            elif way == "group":
+                await Note.acreate(text="a")
+            else:
+                await block()
+
+        async with AsyncExitStack() as stack:
+            if holder == "ours":
+                await stack.enter_async_context(db.atomic())
+            else:
+                other = stack.enter_context(closing(sqlite3.connect(tmp_path / "app.db")))
+                other.execute("BEGIN IMMEDIATE")
+            async with client(app) as http:
+                with anyio.fail_after(10):
+                    request = asyncio.create_task(http.post("/"), context=Context())
+                    response = await request
+                assert (response.status_code, response.json()["detail"]) == (503, "database busy")
+        assert (gate(db).held, gate(db).waiting) == (0, 0)
 
 
 async def test_rows_that_a_write_returns(db: Database, note: Any) -> None:

@@ -103,7 +103,6 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         # fails it at once (SQLITE_BUSY_SNAPSHOT). So the write lock is taken at the beginning.
         kwargs.setdefault("lock_type", "IMMEDIATE")
         self._busy_timeout = busy_timeout
-        self._writers = Writers(float(busy_timeout))
         # No weak dictionary: looking through one isn't safe while other threads' loops are added.
         self._groups: dict[asyncio.AbstractEventLoop, GroupCommit] = {}
         self._inline: InlineReader | None = None
@@ -111,6 +110,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if self.reads_on_the_loop:
             self._inline = InlineReader(self.open_connection, float(inline_reads))
         super().__init__(database, pragmas, **kwargs)
+        patience = min(float(busy_timeout), self.pool.statement_timeout or math.inf)
+        self._writers = Writers(patience)
 
     def init(self, database: str, pragmas: Any = None, **kwargs: Any) -> None:
         self._keeper: sqlite3.Connection | None = None
