@@ -450,6 +450,46 @@ async def test_a_result_that_cannot_be_read(postgres_url: str, asked: list[Steps
         assert await db.count(Happened.select()) == 4
 
 
+async def test_a_place_in_the_queue_is_kept(postgres_url: str, asked: list[Steps]) -> None:
+    """Who asked first is served first, also if there is no connection to be had at once when its
+    time has come, and one is opened."""
+    async with connected(postgres_url, pool_size=1) as db:
+        note = make(db)
+        await db.acreate_tables([note])
+        made = await note.acreate(text="a")
+        for _ in range(2):
+            await note.aget_by_id(made.id)  # so that its SQL is known
+        asked.clear()
+        order: list[str] = []
+        release = threading.Event()
+
+        def hold() -> None:
+            db.manual_close()  # its connection isn't kept
+            assert release.wait(10)
+
+        async def ask() -> None:
+            assert await note.aget_by_id(made.id) == made
+            order.append("first")
+
+        async def waiting(count: int) -> None:
+            while (db.pool_stats.in_use, db.pool_stats.waiting) != (1, count):
+                await asyncio.sleep(0.001)
+
+        async with asyncio.TaskGroup() as group:
+            try:
+                group.create_task(db.run(hold))
+                await waiting(0)
+                group.create_task(ask())
+                await waiting(1)
+                group.create_task(db.run(order.append, "second"))
+                await waiting(2)
+            finally:
+                release.set()
+        assert order == ["first", "second"]
+        assert len(asked) == 1
+        await back_to_rest(db)
+
+
 async def test_an_event_loop_that_watches_no_sockets(
     db: Database, note: Any, asked: list[Steps], monkeypatch: pytest.MonkeyPatch
 ) -> None:

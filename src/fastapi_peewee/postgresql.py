@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import peewee
 
 from .blocks import Atomic
-from .calls import uninterrupted
+from .calls import Call, result_of, uninterrupted
 from .database import REFUSED, Database
 from .drivers import cause_of, isolation, readable, shut_down
 from .exceptions import OutcomeUnknown
@@ -135,7 +135,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             return None
         lease = await self.pool.acquire()
         try:
-            if not self.pool.connect_at_once(lease) or (statements := _statements(lease)) is None:
+            if not self.pool.connect_at_once(lease):
+                await self._connect_in_thread(lease)
+            statements = _statements(lease)
+            if statements is None:
                 return None
             conn = lease.held.conn
             unsure = not only_reads(sql) and self.is_open(conn)
@@ -158,6 +161,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
                 raise
         finally:
             self.pool.give_back(lease)
+
+    async def _connect_in_thread(self, lease: Lease) -> None:
+        """Connect a lease that its task goes on with: a call would wait in the queue once more."""
+        await result_of(Call(self.pool, self._state, lease, lambda: None, lambda _: None))
 
     def _end_statement(self, conn: Any) -> None:
         self.interrupt(conn)
