@@ -195,6 +195,26 @@ async def test_a_transaction_that_stays_open_is_rolled_back(
         assert await db.count(Note.select()) == 1
 
 
+async def test_a_rollback_is_not_interrupted(sqlite_url: str) -> None:
+    """SQLite rolls a transaction back that is over its limit, which no longer counts then: an
+    interrupt would have it stay open."""
+    async with connected(sqlite_url, transaction_timeout=LIMIT, pool_size=1) as db:
+        limited: dict[str, bool] = {}
+
+        def late() -> None:
+            with pytest.raises(ZeroDivisionError), db.atomic():
+                held = db._state.lease().root.held  # type: ignore[union-attr]
+                held.conn.set_trace_callback(
+                    lambda sql: limited.update({sql: held.transaction is not None})
+                )
+                db.execute_sql("SELECT 1")
+                raise ZeroDivisionError
+            held.conn.set_trace_callback(None)
+
+        await db.run(late)
+        assert limited == {"SELECT 1": True, "ROLLBACK": False}
+
+
 @pytest.mark.parametrize("way", ["cancel", "timeout", "scope"])
 @pytest.mark.parametrize("place", ["run", "block"])
 async def test_the_statement_of_a_cancelled_task_is_ended(

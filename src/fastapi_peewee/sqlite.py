@@ -177,6 +177,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         self._end_read_only()
 
     def rollback(self) -> None:
+        # From here on an interrupt for its limit could only keep it from being rolled back.
+        self.pool.transaction(self._state.lease(), begun=False)
         try:
             super().rollback()
         finally:
