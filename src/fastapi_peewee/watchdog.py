@@ -72,6 +72,7 @@ class Stepwise:
     have it, and closing a cursor waits for what runs on its connection.
 
     Attributes:
+        held: its connection.
         begun: when the step that goes on would have begun if there had been nothing between those
             before it; None: the watchdog hasn't come upon one.
     """
@@ -105,7 +106,7 @@ class Stepwise:
 
     def end_step(self) -> None:
         if self.begun is not None:
-            with self.held.lock:  # if it is just being cut, it alone
+            with self.held.lock:  # what is just being cut ends before something else begins
                 self._spent = self._clock() - self.begun
 
 
