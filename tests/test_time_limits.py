@@ -215,6 +215,32 @@ async def test_a_rollback_is_not_interrupted(sqlite_url: str) -> None:
         assert limited == {"SELECT 1": True, "ROLLBACK": False}
 
 
+async def test_a_rollback_beside_rows_that_are_half_read(sqlite_url: str) -> None:
+    """SQLite rolls a transaction back that was interrupted for its limit, though a cursor in it is
+    half read, for which the interrupt lasts. What is written afterwards is stored.
+    """
+    async with connected(sqlite_url, transaction_timeout=LIMIT, pool_size=1) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        def work() -> None:
+            with pytest.raises(TransactionAborted), db.atomic():
+                Note.create(text="undone")
+                cursor = db.execute_sql("SELECT 1 UNION ALL SELECT 2")
+                cursor.fetchone()
+                with pytest.raises(peewee.OperationalError, match="interrupted"):
+                    while True:
+                        Note.select().count()
+            assert cursor is not None
+            Note.create(text="kept")
+
+        await db.acreate_tables([Note])
+        await db.run(work)
+        assert [note.text for note in await db.list(Note.select())] == ["kept"]
+        await back_to_rest(db)
+
+
 @pytest.mark.parametrize("way", ["cancel", "timeout", "scope"])
 @pytest.mark.parametrize("place", ["run", "block"])
 async def test_the_statement_of_a_cancelled_task_is_ended(

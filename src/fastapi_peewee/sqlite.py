@@ -83,6 +83,12 @@ class _Connection(sqlite3.Connection):
         return super().cursor(factory)
 
 
+def _close_cursors(lease: Lease) -> None:
+    for cursor in lease.cursors or ():
+        cursor.close()
+        cursor.steps = None
+
+
 class SqliteDatabase(Database, peewee.SqliteDatabase):
     """SQLite: write-ahead log, foreign keys enforced, `BEGIN IMMEDIATE` for what writes."""
 
@@ -178,9 +184,17 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
     def rollback(self) -> None:
         # From here on an interrupt for its limit could only keep it from being rolled back.
-        self.pool.transaction(self._state.lease(), begun=False)
+        lease = self._state.lease()
+        self.pool.transaction(lease, begun=False)
         try:
-            super().rollback()
+            try:
+                super().rollback()
+            except peewee.OperationalError:
+                # An interrupt lasts as long as a cursor is half read, for ROLLBACK, too.
+                if lease is None or not self._state.conn.in_transaction:
+                    raise
+                _close_cursors(lease.root)
+                super().rollback()
         finally:
             self._end_writing()
         self._end_read_only()
@@ -331,9 +345,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
                 gate.release()
 
     def _clean(self, conn: Any, lease: Lease) -> bool:
-        for cursor in lease.cursors or ():
-            cursor.close()  # one that is half read keeps the connection on an old snapshot
-            cursor.steps = None
+        _close_cursors(lease)  # one that is half read keeps the connection on an old snapshot
         if conn.in_transaction:
             conn.rollback()
         return not lease.tainted and not lease.state.get("read_only")
