@@ -293,3 +293,22 @@ def test_an_instance_whose_key_is_a_text(db: Any, models: SimpleNamespace) -> No
     owned = create_model("Owned", owner=(create_model("Owner", name=(str, ...)), ...))
     plans = Plans(owned)
     assert read(plans.load(models.Item(owner="2")), plans) == {"owner": {"name": "Bob"}}
+
+
+def test_rows_of_which_the_parent_s_key_is_all(db: Any, models: SimpleNamespace) -> None:
+    """Of a list's rows nothing may be wanted but what they belong to."""
+    keys: Any = create_model("Keys", owner_id=(int, ...))
+    users = models.User.select().order_by(models.User.id)
+    found = by_every_plan(users, users_with(items=(list[keys], ...)), db)
+    assert [[item["owner_id"] for item in user["items"]] for user in found] == [
+        [1] * 3,
+        [2] * 2,
+        [],
+    ]
+    both: Any = create_model("Both", owner_id=(int, ...), title=(str, ...))
+    found = by_every_plan(users, users_with(items=(list[both], ...)), db)
+    assert [[item["owner_id"] for item in user["items"]] for user in found] == [
+        [1] * 3,
+        [2] * 2,
+        [],
+    ]

@@ -457,8 +457,10 @@ class SqliteJson(_Wrapping):
         return listed
 
     def child(self, relation: Relation, link: Part) -> Part:
-        key = relation.fk.rel_field
-        if relation.many and relation.through is None and type(key) in _KEYS:
+        key, leaves = relation.fk.rel_field, relation.tree.leaves
+        # With nothing of its own, SQLite takes an aggregate for one of the query around it.
+        own = any(leaf.field is not relation.fk and not leaf.excluded for leaf in leaves)
+        if own and relation.many and relation.through is None and type(key) in _KEYS:
             self._known[id(relation.tree)] = relation.fk, link  # an integer, without a look
         return super().child(relation, link)
 
