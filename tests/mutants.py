@@ -270,8 +270,8 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_MarkedSavepoint.rollback",
-                "callbacks.remove(callback)",
-                "None",
+                "if not self.covers(callback.lease)",
+                "if True",
             ),
         ),
         BLOCKS,

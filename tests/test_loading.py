@@ -171,7 +171,7 @@ MOMENTS = [
     day + "10:00:00" + fraction + zone
     for day in ("2024-01-01 ", "2024-1-1 ", "")
     for fraction in ("", ".000", ".120", ".5", ".12345", ".000000", ".123456")
-    for zone in ("", "Z", "+00:00", "-00:00", "+05:30", " +05:30")
+    for zone in ("", "Z", "+00:00", "-00:00", "+05:30", " +05:30", "+05", "+0530")
 ]
 
 
@@ -695,6 +695,28 @@ def test_a_count_that_is_converted(db: Any, models: SimpleNamespace) -> None:
         ]
 
 
+def test_a_strange_row_that_is_not_in_the_answer(sqlite_url: str) -> None:
+    """What isn't sent may be in any form: the first statement answers, as for other rows."""
+
+    class Named(BaseModel):
+        name: str
+
+    with connection(sqlite_url) as db:
+
+        class User(db.Model):
+            name = peewee.CharField()
+            place = peewee.IntegerField()
+
+        db.create_tables([User])
+        for place, name in enumerate([b"x", b"y", "a", "b"]):
+            User.insert(name=peewee.Value(name, converter=False), place=place).execute()
+        query = User.select().order_by(User.place.desc()).limit(2)
+        plan_ = Plans(list[Named]).plan(query)
+        loaded = plan_.load(db)
+        assert isinstance(loaded, Texts)
+        assert json.loads(loaded.body()) == [{"name": "b"}, {"name": "a"}]
+
+
 def test_a_query_of_other_rows_than_its_model_s(db: Any, models: SimpleNamespace) -> None:
     """A query that reads from an alias, though it is the model's, is left as it is."""
 
@@ -705,6 +727,9 @@ def test_a_query_of_other_rows_than_its_model_s(db: Any, models: SimpleNamespace
     query = models.User.select(other.id, other.name).from_(other).order_by(other.name.desc())
     found = instances_too(query, list[Named], db)
     assert [user["name"] for user in found] == ["Eve", "Bob", "Ada"]
+    owners = models.Item.select(models.Item.owner).distinct().alias("owners")
+    joined = query.join(owners, on=(owners.c.owner_id == other.id))
+    assert Plans(list[Named]).plan(joined).kind == "instances"
 
 
 def instances_too(query: Any, type_: Any, db: Any) -> Any:

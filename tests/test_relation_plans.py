@@ -161,12 +161,43 @@ def test_one_row_of_many(db: Any, models: SimpleNamespace) -> None:
     Item = models.Item
     for query in (
         Item.select(Item.title, fn.Count(Item.id).alias("total")),
+        Item.select(Item.title, fn.COALESCE(fn.SUM(Item.id), 0).alias("total")),
+        Item.select(Item.title, (fn.COUNT(Item.id) + 1).cast("integer").alias("total")),
         Item.select(fn.MAX(Item.title).alias("title")),
         Item.select(Item.title).having(fn.COUNT(Item.id) > 1),
     ):
         type_ = users_with(items=(Annotated[list[CountOut], query], ...))
         with pytest.raises(SchemaError, match=r"UserOut\.items .* without GROUP BY"):
             Plans(type_).plan(models.User.select())
+
+
+def test_what_is_no_aggregate(db: Any, models: SimpleNamespace) -> None:
+    """SQLite's MAX of two values, a window's, and one in a subquery are of each row."""
+    Item, users = models.Item, models.User.select().order_by(models.User.id)
+
+    def type_of(value: Any) -> Any:
+        query = Item.select(Item.title, value.alias("total"))
+        return users_with(items=(Annotated[list[CountOut], query], ...))
+
+    values = [fn.COUNT(Item.id).over(partition_by=[Item.owner])]
+    if isinstance(db, peewee.SqliteDatabase):
+        values.append(fn.MAX(Item.id - Item.id, 0) + 3)
+    for value in values:
+        [ada, *_] = by_every_plan(users, type_of(value), db)
+        assert [item["total"] for item in ada["items"]] == [3, 3, 3]
+    inner = Item.alias()
+    subquery = inner.select(fn.COUNT(inner.id)).where(inner.owner == Item.owner)
+    assert Plans(type_of(subquery)).plan(users).reason  # it is not refused
+
+
+def test_an_order_by_a_window(db: Any, models: SimpleNamespace) -> None:
+    """What a window function sees doesn't depend on the plan."""
+    Item = models.Item
+    counted = fn.COUNT(Item.id).over(partition_by=[Item.title])
+    query = Item.select().order_by(counted.desc(), Item.id.desc()).limit(1)
+    type_ = users_with(items=(Annotated[list[ItemOut], query], ...))
+    users = models.User.select().order_by(models.User.id)
+    assert titles(by_every_plan(users, type_, db)) == ["a", "a", ""]
 
 
 def test_a_link_table_that_is_joined_already(db: Any, models: SimpleNamespace) -> None:
@@ -180,6 +211,11 @@ def test_a_link_table_that_is_joined_already(db: Any, models: SimpleNamespace) -
         type_ = users_with(tags=(Annotated[list[ItemOut], query], ...))
         found = by_every_plan(users, type_, db, instances=False)
         assert titles(found, "tags") == ["blue red", "blue", ""]
+    used = Tagged.select(Tagged.tag).distinct().alias("used")
+    query = Tag.select().join(used, on=(used.c.tag_id == Tag.id)).order_by(Tag.title)
+    type_ = users_with(tags=(Annotated[list[ItemOut], query], ...))
+    found = by_every_plan(users, type_, db, instances=False)
+    assert titles(found, "tags") == ["blue red", "blue", ""]
     query = Tag.select(Tag.title).group_by(Tag.title)
     type_ = users_with(tags=(Annotated[list[ItemOut], query], ...))
     assert titles(by_every_plan(users, type_, db, instances=False), "tags") == [
@@ -284,6 +320,38 @@ def test_keys_that_are_one_to_the_database(db: Any) -> None:
     ]
     found = by_every_plan(Item.select().order_by(Item.id), list[Owned], db)
     assert [item["owner"] and item["owner"]["name"] for item in found] == ["ada"] * 3 + [None]
+
+
+def test_one_odd_key_among_many(mysql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for who is meant by a key costs some statements, not one for each parent."""
+    with connection(mysql_url) as db:
+
+        class User(db.Model):
+            name = peewee.CharField(primary_key=True)
+
+        class Item(db.Model):
+            title = peewee.CharField()
+            owner = peewee.ForeignKeyField(User, backref="items")
+
+        db.create_tables([User, Item])
+        User.insert_many([{"name": f"u{number:03}"} for number in range(500)]).execute()
+        Item.insert_many(
+            [{"title": "a", "owner": f"u{number:03}"} for number in range(500)]
+        ).execute()
+        Item.create(title="b", owner="U007")
+        plans = Plans(users_with(items=(list[ItemOut], ...)))
+        query = User.select().order_by(User.name)
+        seen: list[str] = []
+        execute = db.execute_sql
+
+        def noting(sql: str, params: Any = None) -> Any:
+            seen.append(sql)
+            return execute(sql, params)
+
+        monkeypatch.setattr(db, "execute_sql", noting)
+        found = answer(plan(query, plans.response, db, in_python="asked for"), plans, db)
+        assert titles(found[5:9]) == ["a", "a", "a b", "a"]
+        assert len([sql for sql in seen if sql.startswith("SELECT")]) < 25
 
 
 def test_an_instance_whose_key_is_a_text(db: Any, models: SimpleNamespace) -> None:

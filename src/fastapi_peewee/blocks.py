@@ -284,9 +284,11 @@ class _MarkedSavepoint(_savepoint):
 
     def rollback(self, begin: bool = True) -> None:
         callbacks = self.db._state.commit_callbacks
-        for callback in callbacks[self._callbacks :]:
-            if self.covers(callback.lease):  # not what other tasks have registered meanwhile
-                callbacks.remove(callback)
+        callbacks[self._callbacks :] = [
+            callback
+            for callback in callbacks[self._callbacks :]
+            if not self.covers(callback.lease)  # what other tasks have registered meanwhile
+        ]
         super().rollback(begin)
 
     def __exit__(

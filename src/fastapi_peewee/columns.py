@@ -9,7 +9,7 @@ from typing import Any
 import peewee
 from peewee import Alias, CompoundSelectQuery, FieldAlias, ModelAlias, ModelSelect
 
-from .trees import Leaf, Relation, Tree, among, primary_key, same, sources
+from .trees import Leaf, Relation, Tree, among, primary_key, reads_from, same
 
 
 class Unplannable(Exception):
@@ -194,7 +194,7 @@ def _prunable(query: Any) -> bool:
     """Whether columns can be added and left out without changing the rows."""
     if not isinstance(query, ModelSelect) or query._simple_distinct:
         return False
-    if query.model not in sources(query) or any(map(names_output, query._order_by or ())):
+    if not reads_from(query, query.model) or any(map(names_output, query._order_by or ())):
         return False
     if query._distinct is not None and not query._distinct:
         return False

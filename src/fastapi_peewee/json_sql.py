@@ -86,11 +86,12 @@ def _moment(form: str, start: int, whole: str) -> str:
     """
     rest = f"substr({{v}},{start + 1})"
     fraction, zone = f"substr({{v}},{start + 1},7)", f"substr({{v}},{start + 8})"
-    micro, milli = "GLOB '.?????[0-9]'", "GLOB '.??[0-9]'"
+    micro, milli = "GLOB '.?[0-9]?[0-9]?[0-9]'", "GLOB '.??[0-9]'"
     is_zone = "GLOB '[+-]??:??' AND substr({v},-6) <> '-00:00'"
     return (
         # Nearly all are one of these two.
-        f"WHEN {{v}} GLOB '{form}.?????[1-9]' THEN {whole} WHEN {{v}} GLOB '{form}' THEN {whole} "
+        f"WHEN {{v}} GLOB '{form}.?[0-9]?[0-9]?[1-9]' THEN {whole} "
+        f"WHEN {{v}} GLOB '{form}' THEN {whole} "
         f"WHEN {{v}} GLOB '{form}*' THEN CASE length({{v}}) "
         f"WHEN {start + 7} THEN CASE WHEN {rest} = '.000000' THEN substr({whole},1,{start}) "
         f"WHEN {rest} {micro} THEN {whole} {_STRANGE} "
@@ -379,6 +380,8 @@ class JsonSql:
 
     def _children(self, relation: Relation, link: Any) -> Any:
         query = relation.children()  # it has been seen that it can be narrowed
+        if any(map(_is_window, query._order_by or ())):
+            raise NoJson(f"{relation.name} is ordered by a window function")
         return relation.only(query, relation.target(query) == link)
 
     def _name(self) -> str:
@@ -477,9 +480,11 @@ class SqliteJson(_Wrapping):
 
     def checked_inside(self, tree: Tree, narrowed: Narrowed) -> dict[int, str]:
         """Values that only have to be looked at: outside of the query SQLite copies them for each
-        look. Not those of a relation's link, which would lose its column's affinity.
+        look. Not those of a relation's link, which would lose its column's affinity, nor of a query
+        that looks at more rows than it returns.
         """
-        if not narrowed.pruned:
+        query = narrowed.query
+        if not narrowed.pruned or query._limit is not None or query._offset is not None:
             return {}
         links = {narrowed.place(relation) for relation in tree.relations}
         known, _ = self._known.get(id(tree), (None, None))
@@ -623,6 +628,12 @@ def _checked(template: str, node: Any, name: str) -> Any:
     parts = _filled(template, node)
     nodes = [peewee.SQL(part) if isinstance(part, str) else part for part in parts]
     return peewee.Alias(peewee.NodeList(nodes, glue=""), name)
+
+
+def _is_window(ordering: Any) -> bool:
+    node = ordering.node if isinstance(ordering, peewee.Ordering) else ordering
+    nodes = node.nodes if isinstance(node, peewee.NodeList) else ()
+    return any(isinstance(each, peewee.Window) for each in nodes)
 
 
 def _alias(source: Any) -> Any:

@@ -95,16 +95,27 @@ def _by_parent(
     """The rows by the parents' keys, of what `read` returns for some of these: keys and rows."""
     found: dict[Any, list[Any]] = {}
     for chunk in _chunks(keys):
-        rows: dict[Any, list[Any]] = {}
-        for key, row in read(chunk):
-            rows.setdefault(key, []).append(row)
-        # Keys that are one to the database (by its collation, or `"1"` and 1) may be two here.
-        alone = chunk if rows.keys() - set(chunk) else []
-        if not (alone or relation.many):
-            alone = [key for key in chunk if isinstance(key, str) and key not in rows]
-        rows.update((key, [row for _, row in read([key])]) for key in alone)
-        found.update(rows)
+        found.update(_by_asked(chunk, read))
+        if not relation.many:  # a row comes once, also if two of the keys are one to the database
+            missing = [key for key in chunk if isinstance(key, str) and key not in found]
+            if missing:
+                found.update(_by_asked(missing, read))
     return found
+
+
+def _by_asked(
+    keys: list[Any], read: Callable[[list[Any]], Iterable[tuple[Any, Any]]]
+) -> dict[Any, list[Any]]:
+    """The same by the keys that were asked for, to which the rows' may be equal to the database
+    only: by its collation, or as `"1"` is 1. Such a key is looked for by halves.
+    """
+    rows: dict[Any, list[Any]] = {}
+    for key, row in read(keys):
+        rows.setdefault(key if len(keys) > 1 else keys[0], []).append(row)
+    if rows.keys() <= set(keys):
+        return rows
+    middle = len(keys) // 2
+    return _by_asked(keys[:middle], read) | _by_asked(keys[middle:], read)
 
 
 def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[Any]]:

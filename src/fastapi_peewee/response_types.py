@@ -32,7 +32,10 @@ _HARMLESS_CONFIG = {
 }
 
 #: Those of SQL that Peewee's users write; there are others.
-_AGGREGATES = {"AVG", "COUNT", "GROUP_CONCAT", "MAX", "MIN", "STRING_AGG", "SUM", "TOTAL"}
+_AGGREGATES = {
+    *("ARRAY_AGG", "AVG", "COUNT", "GROUP_CONCAT", "JSONB_AGG", "JSON_AGG", "JSON_ARRAYAGG"),
+    *("JSON_GROUP_ARRAY", "MAX", "MIN", "STRING_AGG", "SUM", "TOTAL"),
+}
 #: What Pydantic puts around a schema that has validators or serialisers.
 _AROUND = {"default", "function-after", "function-before", "function-wrap", "nullable"}
 
@@ -346,8 +349,17 @@ def _check_query(query: Any, name: str, model: Any) -> None:
 
 
 def _sums(node: Any) -> bool:
-    node = node.unwrap()
-    return isinstance(node, peewee.Function) and node.name.upper() in _AGGREGATES
+    """Whether there is an aggregate in this, neither in a subquery nor over a window."""
+    node = node.unwrap() if isinstance(node, peewee.Node) else node
+    if isinstance(node, peewee.Expression):
+        return _sums(node.lhs) or _sums(node.rhs)
+    if isinstance(node, peewee.Cast):
+        return _sums(node.node)
+    if not isinstance(node, peewee.Function):
+        return False
+    name, arguments = node.name.upper(), node.arguments
+    of_one_row = name in ("MAX", "MIN") and len(arguments) > 1  # SQLite's, of several values
+    return (name in _AGGREGATES and not of_one_row) or any(map(_sums, arguments))
 
 
 def _paths(alias: Any) -> list[list[Any]]:

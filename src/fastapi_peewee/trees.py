@@ -110,7 +110,7 @@ class Relation:
     def children(self) -> Any:
         """The other model's rows of all parents, unordered if nothing is said of their order."""
         query = self.tree.model.select() if self.query is None else self.query
-        if self.through is not None and self.through.model not in sources(query):
+        if self.through is not None and not reads_from(query, self.through.model):
             target = self.through.rel_field
             query = query.switch(query.model).join(
                 self.through.model, on=(self.through == getattr(query.model, target.name))
@@ -224,6 +224,11 @@ def sources(query: Any) -> list[Any]:
         else:
             found.append(source)
     return found
+
+
+def reads_from(query: Any, model: Any) -> bool:
+    """Whether a model, or an alias, is one of the sources (to which `==` may be an expression)."""
+    return any(source is model for source in sources(query))
 
 
 def same(one: Any, other: Any) -> bool:
