@@ -270,8 +270,8 @@ MUTANTS = [
             Edit(
                 "blocks",
                 "_MarkedSavepoint.rollback",
-                "if not self.covers(callback.lease)",
-                "if True",
+                "self.covers(callback.lease)",
+                "False",
             ),
         ),
         BLOCKS,
@@ -488,6 +488,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if options.k in mutant.name]
+    if not mutants:
+        parser.error(f"no mutant has {options.k!r} in its name")
 
     print("without a mutant: ", end="", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
