@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio.from_thread
 import anyio.to_thread
@@ -258,14 +258,11 @@ class _SafeTransaction(_transaction):
             self.db.close_if_dead()
 
 
-class CommitCallback:
+class CommitCallback(NamedTuple):
     """What `after_commit` was given, and the lease in force there."""
 
-    __slots__ = ("fn", "lease")
-
-    def __init__(self, fn: Callable[[], Any], lease: Lease | None) -> None:
-        self.fn = fn
-        self.lease = lease
+    fn: Callable[[], Any]
+    lease: Lease | None
 
     def __call__(self) -> Any:
         return self.fn()

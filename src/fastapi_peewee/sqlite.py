@@ -35,7 +35,7 @@ def _fetching(name: str) -> Any:
         try:
             if steps is None:
                 return fetch(self)
-            timed = steps.begun is not None
+            timed = steps.begun is not None  # it may come to be meanwhile
             if timed:
                 with steps:
                     return fetch(self)

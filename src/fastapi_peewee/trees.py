@@ -1,6 +1,7 @@
 """What is asked of a model for a response: a tree of columns and relations.
 
-`response_types` makes it; no query is looked at and no SQL is written here.
+`response_types` makes it. Of queries, only a relation's is looked at here, to have it give the rows
+of each parent; no SQL is written.
 """
 
 from collections.abc import Iterable, Iterator

@@ -9,11 +9,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 logger = logging.getLogger("fastapi_peewee")
-
-T = TypeVar("T")
 
 #: Seconds between two looks.
 _EVERY = 0.05
