@@ -334,7 +334,7 @@ def status_headers_and_cookies_set_on_the_response_parameter(site: Site) -> None
         response.headers.append("X-Two", "3")
         response.set_cookie("a", "1", httponly=True)
         response.set_cookie("b", "2", max_age=60)
-        response.delete_cookie("c")
+        response.set_cookie("c", max_age=0, expires="Thu, 01 Jan 1970 00:00:00 GMT")
         return Part()
 
     @site.app.get("/204", response_model=None)

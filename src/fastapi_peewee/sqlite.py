@@ -79,14 +79,27 @@ class _Cursor(sqlite3.Cursor):
 
 
 class _Connection(sqlite3.Connection):
+    """One that knows its cursors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
     def cursor(self, factory: Any = _Cursor) -> Any:
-        return super().cursor(factory)
+        cursor = super().cursor(factory)
+        self.cursors.add(cursor)
+        return cursor
 
+    def execute(self, *args: Any) -> Any:
+        return self.cursor().execute(*args)
 
-def _close_cursors(lease: Lease) -> None:
-    for cursor in lease.cursors or ():
-        cursor.close()
-        cursor.steps = None
+    def close_cursors(self) -> None:
+        """A half-read one keeps the connection on an old snapshot, and interrupted, if it was."""
+        for cursor in self.cursors:
+            cursor.close()
+            if isinstance(cursor, _Cursor):
+                cursor.steps = None
+        self.cursors.clear()
 
 
 class SqliteDatabase(Database, peewee.SqliteDatabase):
@@ -191,9 +204,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
                 super().rollback()
             except peewee.OperationalError:
                 # An interrupt lasts as long as a cursor is half read, for ROLLBACK, too.
-                if lease is None or not self._state.conn.in_transaction:
+                if not self._state.conn.in_transaction:
                     raise
-                _close_cursors(lease.root)
+                self._state.conn.close_cursors()
                 super().rollback()
         finally:
             self._end_writing()
@@ -237,10 +250,6 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         cursor = super().cursor(named_cursor)
         lease = self._state.lease()
         if lease is not None:
-            root = lease.root
-            if root.cursors is None:
-                root.cursors = weakref.WeakSet()
-            root.cursors.add(cursor)
             cursor.steps = self.pool.steps(lease)
         return cursor
 
@@ -345,7 +354,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
                 gate.release()
 
     def _clean(self, conn: Any, lease: Lease) -> bool:
-        _close_cursors(lease)  # one that is half read keeps the connection on an old snapshot
+        conn.close_cursors()
         if conn.in_transaction:
             conn.rollback()
         return not lease.tainted and not lease.state.get("read_only")

@@ -8,7 +8,6 @@ import math
 import os
 import threading
 import warnings
-import weakref
 from _thread import start_new_thread
 from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Iterator
@@ -112,7 +111,6 @@ class Lease:
         slot: the pool's gate, to which the slot goes back.
         held: the pool's record of the connection; None before the first call.
         tainted: the session may have been changed; reset before the next user.
-        cursors: SQLite's, if there were any; an open one keeps the connection on an old snapshot.
         server_cursors: PostgreSQL's; kept until the lease ends, since one that is collected earlier
             would speak to the server at a time of the collector's choosing.
         contexts: how many `connection_context()` blocks share it, if threads of a request took it.
@@ -130,7 +128,6 @@ class Lease:
         "_outermost",
         "closing",
         "contexts",
-        "cursors",
         "dropped",
         "ended",
         "follow_ups",
@@ -168,7 +165,6 @@ class Lease:
         self.patience = math.inf
         self.tainted = False
         self.contexts = 0
-        self.cursors: weakref.WeakSet[Any] | None = None
         self.server_cursors: list[Any] = []
         self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
 
