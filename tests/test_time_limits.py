@@ -1,6 +1,7 @@
 """Time limits on real databases: slow statements, open transactions, silence, cancellation."""
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing, nullcontext, suppress
@@ -153,6 +154,27 @@ async def test_the_limit_is_also_for_rows_that_are_fetched(sqlite_url: str, read
             await db.run(read, db)
         assert (await db.aexecute_sql("SELECT 1"))[0][0] == 1
         await back_to_rest(db)
+
+
+async def test_the_limit_holds_for_connections_of_a_class_of_ones_own(sqlite_url: str) -> None:
+    """`factory` is the class of SQLite's connections, as the driver knows it; time is limited, and
+    an interrupted transaction rolled back, as on any other."""
+
+    class Own(sqlite3.Connection):
+        pass
+
+    async with connected(sqlite_url, statement_timeout=LIMIT, pool_size=1, factory=Own) as db:
+
+        def work() -> None:
+            assert isinstance(db.connection(), Own)
+            with pytest.raises(peewee.OperationalError, match="interrupted"), db.atomic():
+                rows = db.execute_sql("SELECT 1 UNION ALL SELECT 2")
+                rows.fetchone()
+                db.execute_sql(slow(db)).fetchone()
+            assert not db.connection().in_transaction
+
+        with anyio.fail_after(SOON):
+            await db.run(work)
 
 
 async def test_the_limit_holds_for_who_goes_on(sqlite_url: str) -> None:

@@ -79,14 +79,21 @@ class _Cursor(sqlite3.Cursor):
 
 
 class _Connection(sqlite3.Connection):
-    """One that knows its cursors."""
+    """The driver's, with cursors of ours, unless the caller's `factory` has others."""
+
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return super().cursor(factory)
+
+
+class _KnownCursors:
+    """A connection, ours or of the caller's `factory`, that knows its cursors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
 
-    def cursor(self, factory: Any = _Cursor) -> Any:
-        cursor = super().cursor(factory)
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        cursor = super().cursor(*args, **kwargs)  # type: ignore[misc]
         self.cursors.add(cursor)
         return cursor
 
@@ -145,7 +152,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         else:
             defaults["journal_mode"] = "wal"
         kwargs.setdefault("check_same_thread", False)
-        kwargs.setdefault("factory", _Connection)
+        given_factory = [kwargs["factory"]] if "factory" in kwargs else []
+        kwargs["factory"] = type("Connection", (_KnownCursors, *given_factory, _Connection), {})
         kwargs.setdefault("timeout", self._busy_timeout)
         super().init(database, pragmas={**defaults, **given}, **kwargs)
 
@@ -249,7 +257,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor(named_cursor)
         lease = self._state.lease()
-        if lease is not None:
+        if lease is not None and isinstance(cursor, _Cursor):
             cursor.steps = self.pool.steps(lease)
         return cursor
 
