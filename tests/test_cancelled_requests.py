@@ -7,23 +7,36 @@ import pytest
 
 from fastapi_peewee import Database
 from tests.apps import back_to_rest, connected
-from tests.cancelling import BY, MOMENTS, Driver, Scenario, cut_everywhere, make_row
+from tests.cancelling import (
+    BY,
+    MOMENTS,
+    Around,
+    Driver,
+    Scenario,
+    all_in_use,
+    alone,
+    cut_everywhere,
+    make_row,
+    unconnected,
+)
 from tests.cancelling import db as db
 from tests.cancelling import driver as driver
 from tests.cancelling import row as row
 from tests.cancelling_app import PATHS, WRITE_AFTERWARDS, ask_into, make_app
 
 
+@pytest.mark.parametrize("around", [alone, unconnected, all_in_use])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
     "by", [by if "again" in by else pytest.param(by, marks=pytest.mark.slow) for by in BY]
 )
 @pytest.mark.parametrize("path", PATHS)
 async def test_at_every_await_and_step(
-    db: Database, row: Any, driver: Driver, path: str, by: str, moment: str
+    db: Database, row: Any, driver: Driver, path: str, by: str, moment: str, around: Around
 ) -> None:
-    """Whichever of its awaits a request is cancelled at: all or nothing is written, all if it was
-    answered; its connection, tasks and transaction are gone."""
+    """Whichever of its awaits a request is cancelled at, with a connection at hand, without one and
+    while it waits for one: all or nothing is written, all if it was answered; its connection, tasks
+    and transaction are gone."""
     app = make_app(db, row)
     answers: list[int] = []
 
@@ -37,7 +50,7 @@ async def test_at_every_await_and_step(
             assert stored == PATHS[path][-1]
 
     scenario = Scenario(request, PATHS[path], check=answered_means_committed)
-    await cut_everywhere(db, row, scenario, by=by, moment=moment, driver=driver)
+    await cut_everywhere(db, row, scenario, by=by, moment=moment, driver=driver, around=around)
 
 
 async def test_a_thread_whose_request_ended_as_it_waited_to_write_lets_others_write(

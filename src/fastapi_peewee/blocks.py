@@ -352,12 +352,22 @@ class LeaseContext(_Block, ConnectionContext):
             return super().__enter__()
         with request.sharing:  # until it is counted, the last of the others may give it back
             held = db._state.lease()
-            if held is not None and held.contexts:
+            shared = held is not None and held.contexts > 0
+            if held is not None and shared:
                 held.contexts += 1
-                self._taken, self._request = held, request
-                return None
-        if held is not None:
+        if held is not None and not shared:
             return super().__enter__()
+        self._taken = self._take_for(request) if held is None else held
+        self._request = request
+        # A request that was cancelled doesn't wait for its threads. A generator that is entered now
+        # was for its endpoint, and nobody leaves it.
+        if request.over and called_by_suspended():
+            self.__exit__(None, None, None)
+            raise LeaseEnded
+        return None
+
+    def _take_for(self, request: RequestScope) -> Lease:
+        db = self.db
         db._state.guard_loop()
         with _spare_thread(db.pool.stats.in_use >= db.pool.size):
             lease = db.pool.acquire_blocking()
@@ -369,13 +379,12 @@ class LeaseContext(_Block, ConnectionContext):
             raise
         lease.turn.release()
         with request.sharing:
-            held = request.hold(db, lease)
+            held: Lease = request.hold(db, lease)
             held.contexts += 1
         if held is not lease:  # another thread of this request was faster
             lease.turn.acquire_nowait()
             db.pool.give_back(lease)
-        self._taken, self._request = held, request
-        return None
+        return held
 
     def __exit__(
         self,

@@ -142,6 +142,7 @@ class PeeweeMiddleware:
             await self._inner()(scope, receive, send_free)
         finally:
             RequestScope.current.reset(token)
+            request.over = True  # before what it holds is looked at: see `LeaseContext`
             if request.holds_anything:
                 await _release(request, over=True)
 

@@ -248,6 +248,7 @@ class RequestScope:
         "databases",
         "forbids_lazy_loads",
         "leases",
+        "over",
         "owners",
         "response_started",
         "sharing",
@@ -266,13 +267,16 @@ class RequestScope:
         #: The databases that these belong to.
         self.owners: dict[PeeweeConnectionState, Any] = {}
         #: Held while it is decided who gives back what the request holds. Each request has its own:
-        #: in a forked process there is nobody left to release one that a parent's thread had.
-        self.sharing = threading.Lock()
+        #: in a forked process there is nobody left to release one that a parent's thread had. And
+        #: the collector may close a generator of this request just then.
+        self.sharing = threading.RLock()
         #: The async blocks that are open, and the tasks that have entered them.
         self.blocks: dict[Any, Any] = {}
         #: How many transaction dependencies are open.
         self.transactions = 0
         self.response_started = False
+        #: Whether the request has ended, though threads of it may go on.
+        self.over = False
         #: Whether a query that runs while a response is validated is an error.
         self.forbids_lazy_loads = False
 
