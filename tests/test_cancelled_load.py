@@ -53,9 +53,9 @@ def outcomes(db: Any) -> dict[int, str]:
 
 
 async def test_cancelled_requests_leave_nothing(db: Database, database_url: str) -> None:
-    """Requests to endpoints of every kind, cancelled at random moments, once or twice: of each all
-    or nothing is written, all if it was answered. No slot, transaction, task, thread or descriptor
-    is left, and all connections can be taken at once."""
+    """Requests to endpoints of every kind, cancelled at random moments, once or twice, also while
+    their connection is opened: of each all or nothing is written, all if it was answered. No slot,
+    transaction, task, thread or descriptor is left, and all connections can be taken at once."""
     app = make_app(db, await make_row(db))
     dice, numbers, paths = random.Random(COUNT), iter(range(10**9)), list(PATHS)
     asked: dict[int, tuple[str, list[int]]] = {}
@@ -98,11 +98,15 @@ async def test_cancelled_requests_leave_nothing(db: Database, database_url: str)
     await db.close_pool()
     gc.collect()
     descriptors = len(os.listdir("/dev/fd"))
+    lifetime, db.pool.max_lifetime = db.pool.max_lifetime, 0.02  # seconds
+    opened = db.pool_stats.opened
     await batch(200 + COUNT)
     await rest()
+    db.pool.max_lifetime = lifetime
 
     assert ends["cancelled"] >= COUNT
     assert ends["answered"] > COUNT / 100
+    assert db.pool_stats.opened - opened > COUNT / 100
     assert live.idle_transactions(database_url) == 0
     both = threading.Barrier(POOL)
     await asyncio.gather(*(db.run(both.wait, 30) for _ in range(POOL)))
@@ -120,7 +124,8 @@ async def test_cancelled_requests_leave_nothing(db: Database, database_url: str)
             await anyio.sleep(0.01)
     gc.collect()
     assert len(os.listdir("/dev/fd")) <= descriptors
-    print(f"\n{db}: {dict(ends)}, {sum(map(bool, stored.values()))} have written")
+    ends.update(connections=db.pool_stats.opened - opened, wrote=sum(map(bool, stored.values())))
+    print(f"\n{db}: {dict(ends)}")
 
 
 async def test_clients_that_go_away_leave_nothing(database_url: str) -> None:
