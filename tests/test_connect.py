@@ -61,6 +61,7 @@ def test_pool_settings_may_stand_in_the_url() -> None:
         ("oracle://h/name", "scheme 'oracle'.*sqlite:///app.db"),
         ("app.db", "scheme ''"),
         ("postgresql://name", "names no database.*postgresql:///name"),
+        ("sqlite://app.db", "names no database.*sqlite:///name"),
         ("sqlite:///a.db?pool_size=0", "pool_size must be at least 1, got: 0"),
     ],
 )

@@ -82,7 +82,17 @@ async def main() -> None:
 asyncio.run(main())
 db.close()
 """,
-    "connections.md": "assert db.is_closed() or db.close()",
+    "connections.md": """
+from fastapi_peewee import schema
+@app.get("/users", response_model=list[schema(User)])
+def read_users():
+    return User.select()
+with db.connection_context():
+    db.drop_tables([User])
+for made in client.__wrapped__():
+    test_read(made)
+assert db.is_closed() or db.close()
+""",
 }
 
 

@@ -376,6 +376,11 @@ async def test_names_that_no_model_has_stay_inside(db: Database) -> None:
     def endpoint(sql: str = Body()) -> None:
         db.execute_sql(sql.replace("'", quote))
 
+    @app.get("/get")
+    @app.get("/get/{n}")
+    def get(sql: str) -> None:
+        db.execute_sql(sql.replace("'", quote))
+
     @app.post("/note")
     def note() -> None:
         Note.create(text="a")
@@ -390,6 +395,9 @@ async def test_names_that_no_model_has_stay_inside(db: Database) -> None:
             response = await http.post("/", json=f"INSERT INTO 'secret_table' {sql}")
             assert response.status_code == status
             assert [each["loc"] for each in response.json()["detail"]] == [["body"]]
+            for path, part in (("/get", "query"), ("/get/1", "path")):
+                response = await http.get(path, params={"sql": f"INSERT INTO 'secret_table' {sql}"})
+                assert [each["loc"] for each in response.json()["detail"]] == [[part]]
         place = ["body"] if isinstance(db, peewee.MySQLDatabase) else ["body", "text"]
         for path in ("/note", "/by_name"):
             response = await http.post(path)

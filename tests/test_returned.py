@@ -304,6 +304,26 @@ async def test_no_response_model(db: Database, models: Models, kind: str) -> Non
 
 
 @KINDS
+async def test_no_response_model_for_rows(db: Database, models: Models, kind: str) -> None:
+    """So is what a response model would have to take apart: a row, with all its columns, and a
+    query inside of something else."""
+    app = make_app(db)
+    returned = {
+        "/row": lambda: models.User(name="Ada"),
+        "/rows": lambda: {"rows": [models.User(name="Ada")]},
+        "/query": lambda: {"total": 1, "users": models.User.select()},
+        "/fine": lambda: {"row": models.User(name="Ada").__data__},
+    }
+    for path, value in returned.items():
+        add(app, kind, path, value, response_model=None)
+    async with client(app, raises=True) as http:
+        for path in ("/row", "/rows", "/query"):
+            with pytest.raises(TypeError, match="no response model"):
+                await http.get(path)
+        assert (await http.get("/fine")).json()["row"]["name"] == "Ada"
+
+
+@KINDS
 async def test_a_query_that_writes(db: Database, models: Models, kind: str) -> None:
     """An INSERT, UPDATE or DELETE that wasn't executed is refused, and not executed."""
     app = make_app(db)
@@ -538,9 +558,17 @@ async def test_instances_inside_of_something_else(db: Database, models: Models) 
         query = models.User.select().order_by(models.User.id).with_related(models.User.items)
         return {"total": 2, "users": await db.list(query)}
 
-    with pytest.raises(LazyLoad, match=r"^User\.items was read .* of \S+lazy \(/\)"):
-        async with client(app, raises=True) as http:
+    @app.get("/query", response_model=Page)
+    async def query() -> Any:
+        return {"total": 2, "users": models.User.select()}
+
+    async with client(app, raises=True) as http:
+        with pytest.raises(LazyLoad, match=r"^User\.items was read .* of \S+lazy \(/\)"):
             await http.get("/")
+        with pytest.raises(
+            LazyLoad, match=r"^A query of User was read .* `await db.list\(query\)`"
+        ):
+            await http.get("/query")
     assert await answer(app, "/loaded") == (200, {"total": 2, "users": [ADA, BOB]})
 
 

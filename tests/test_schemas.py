@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Annotated, Any, get_args, get_origin
@@ -441,6 +442,55 @@ def optionality(made: type[BaseModel]) -> dict[str, Any]:
         name: "required" if field.is_required() else field.get_default(call_default_factory=True)
         for name, field in made.model_fields.items()
     }
+
+
+def test_a_default_has_the_type_of_its_field() -> None:
+    """Peewee takes 0 for a decimal; the schema has what a client would have sent."""
+
+    class Row(offline.Model):
+        price = peewee.DecimalField(default=0)
+        good = peewee.BooleanField(default=1)
+        day = peewee.DateField(default="2020-01-01")
+        code = peewee.CharField(default=5)
+        count = peewee.IntegerField(default=lambda: "7")
+        blob = peewee.BlobField(default=b"QQ==")
+        odd = peewee.IntegerField(default="odd")
+
+    made: Any = create_schema(Row)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = made().model_dump(exclude={"odd"})
+        assert made.model_json_schema()["properties"]["good"]["default"] is True
+    assert data == {
+        "price": decimal.Decimal(0),
+        "good": True,
+        "day": dt.date(2020, 1, 1),
+        "code": "5",
+        "count": 7,
+        "blob": b"QQ==",
+    }
+    assert [type(value) for value in data.values()] == [
+        decimal.Decimal,
+        bool,
+        dt.date,
+        str,
+        int,
+        bytes,
+    ]
+    assert made.model_fields["odd"].default == "odd"  # the database's to refuse
+
+
+def test_moments_without_a_zone_have_a_format_without_one() -> None:
+    """`date-time` would demand what is refused."""
+
+    class Row(offline.Model):
+        at = peewee.DateTimeField()
+        time = peewee.TimeField()
+
+    for made in (create_schema(Row), patch_schema(Row)):
+        properties = made.model_json_schema()["properties"]
+        formats = [properties[name]["format"] for name in ("at", "time")]
+        assert formats == ["date-time-local", "time-local"]
 
 
 def test_a_constraint_that_makes_no_value_leaves_a_field_required() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import peewee
 import pytest
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from fastapi_peewee import BlockingQuery, ConnectedDb, Database, NoLease, Peewee, connect
 
@@ -129,3 +129,23 @@ def test_a_websocket_that_is_cut_in_a_transaction_rolls_back(
         _until(lambda: db.pool_stats.in_use == 0)
     with db:
         assert note.select().count() == 0
+
+
+def test_an_open_websocket_ends_with_the_error_itself(
+    started: tuple[Database, FastAPI, Any, TestClient],
+) -> None:
+    """Until a websocket is accepted, a database error is answered; then it is raised, since there
+    is no response any more."""
+    _, app, note, http = started
+
+    @app.websocket("/{moment}")
+    async def endpoint(socket: WebSocket, moment: str) -> None:
+        if moment == "after":
+            await socket.accept()
+        await note.aget_by_id(99)
+
+    with pytest.raises(WebSocketDenialResponse) as denied, http.websocket_connect("/before"):
+        pass
+    assert denied.value.status_code == 404
+    with pytest.raises(note.DoesNotExist), http.websocket_connect("/after") as socket:
+        socket.receive_json()

@@ -95,7 +95,9 @@ def connect(
             "means something else in a URL, such as / ? # [ or @. Percent-encode them: "
             "urllib.parse.quote(password, safe='')."
         )
-    if not parameters.get("database"):
+    if not parameters.get("database") or (
+        database_class is SqliteDatabase and "host" in parameters
+    ):
         raise ValueError(
             f"The URL names no database. Local databases take three slashes ({scheme}:///name), "
             f"remote ones are written {scheme}://user:password@host/name."

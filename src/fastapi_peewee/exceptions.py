@@ -148,17 +148,25 @@ class SchemaError(peewee.ImproperlyConfigured, ValueError):
 
 
 class LazyLoad(peewee.InterfaceError):
-    """A relation was read from the database while a response was made of instances.
+    """A relation or query was read from the database while a response was validated.
 
     Args:
-        what: the relation.
+        what: the relation, or the query.
         endpoint: the endpoint's name.
+        relation: whether it is one.
     """
 
-    def __init__(self, what: str, endpoint: str) -> None:
+    def __init__(self, what: str, endpoint: str, *, relation: bool = True) -> None:
+        read = f"{what} was read from the database while the response of {endpoint} was validated"
+        if not relation:
+            super().__init__(
+                f"{read}. A query inside of something else isn't seen: run it in the endpoint, "
+                "`list(query)` or `await db.list(query)`, with `with_related()` for its relations; "
+                "or return the query itself."
+            )
+            return
         super().__init__(
-            f"{what} was read from the database while the response of {endpoint} was validated: "
-            "one query for each row. Name the relation in the response model, so that it is loaded "
-            "for all rows at once (a class that contains itself needs a `depth()`), or load it in "
-            "the endpoint, with `with_related()` or a join."
+            f"{read}: one query for each row. Name the relation in the response model, so that it "
+            "is loaded for all rows at once (a class that contains itself needs a `depth()`), or "
+            "load it in the endpoint, with `with_related()` or a join."
         )

@@ -3,11 +3,13 @@
 from typing import Any
 
 import peewee
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
+from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from .refusals import kind_of, refused_fields
+from .state import RequestScope
 
 #: Seconds after which a client is asked to try again.
 RETRY_AFTER = 1
@@ -69,17 +71,29 @@ def add_handlers(app: FastAPI) -> None:
     app.exception_handlers.setdefault(peewee.InterfaceError, database_error)
 
 
-async def does_not_exist(request: Request, error: Exception) -> JSONResponse:
+def _raise_if_accepted(request: HTTPConnection, error: Exception) -> None:
+    """An open websocket takes no response: who serves it closes it, as for any other error."""
+    scope = RequestScope.current.get()
+    if request.scope["type"] == "websocket" and scope is not None and scope.response_started:
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this call
+
+
+async def does_not_exist(request: HTTPConnection, error: Exception) -> JSONResponse:
     """404, naming the model: `User.get_by_id(…)` found no row."""
+    _raise_if_accepted(request, error)
     name = type(error).__name__.removesuffix("DoesNotExist")
     return JSONResponse({"detail": f"{name} not found" if name else "Not found"}, 404)
 
 
-async def database_error(request: Request, error: Exception) -> JSONResponse:
+async def database_error(request: HTTPConnection, error: Exception) -> JSONResponse:
     """409 or 422, naming the field: the database refused a value. 503 with Retry-After: it is away
     or busy; without: nobody knows whether it was done. 507: it is full. Anything else is a mistake
     of the program, and raised again.
     """
+    _raise_if_accepted(request, error)
     kind = kind_of(error)
     if kind is None:
         try:
@@ -93,12 +107,19 @@ async def database_error(request: Request, error: Exception) -> JSONResponse:
     if kind in ("busy", "unavailable"):
         retry = {"Retry-After": str(RETRY_AFTER)}
         return JSONResponse({"detail": f"database {kind}"}, 503, headers=retry)
-    places = [_place(request, field) for field in refused_fields(error, kind)] or [["body"]]
+    places = [_place(request, field) for field in refused_fields(error, kind)] or [[_part(request)]]
     details = [{"type": kind, "loc": place, "msg": _MESSAGES[kind]} for place in places]
     return JSONResponse({"detail": details}, 409 if kind == "unique" else 422)
 
 
-def _place(request: Request, field: Any) -> list[str]:
+def _part(request: HTTPConnection) -> str:
+    """Where a value came from that nothing tells more of."""
+    if request.scope.get("method") not in ("GET", "HEAD", "DELETE"):
+        return "body"
+    return "path" if request.path_params else "query"
+
+
+def _place(request: HTTPConnection, field: Any) -> list[str]:
     """Where the request has a field's value. A foreign key `team` is `team_id`, or else `team`."""
     names = [getattr(field, "object_id_name", field.name), field.name]
     for source, values in (("path", request.path_params), ("query", request.query_params)):

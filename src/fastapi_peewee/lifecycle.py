@@ -132,10 +132,13 @@ class PeeweeMiddleware:
         token = RequestScope.current.set(request)
 
         async def send_free(message: Message) -> None:
-            if not request.response_started and message["type"] == "http.response.start":
-                request.response_started = True
-                if request.holds_anything:
-                    await _before_response(request)
+            if not request.response_started:
+                if message["type"] == "http.response.start":
+                    request.response_started = True
+                    if request.holds_anything:
+                        await _before_response(request)
+                elif message["type"] == "websocket.accept":
+                    request.response_started = True
             await send(message)
 
         try:

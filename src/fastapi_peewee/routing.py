@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import peewee
 from fastapi import Request, Response
 from fastapi.datastructures import DefaultPlaceholder
 from fastapi.dependencies.models import (
@@ -132,6 +133,20 @@ class _OutcomeField:
 _OUTCOME = _OutcomeField()
 
 
+def _refuse(value: Any) -> NoReturn:
+    name = type(value).__name__
+    raise TypeError(
+        f"A {name} was returned, but the route has no response model, which would say what of it "
+        "to send. Add `response_model=…`, or return what the client should see: "
+        "`instance.__data__` is a dictionary of all columns, `list(query)` has its rows."
+    )
+
+
+#: Where no response model says what to send. FastAPI would take a row apart, columns that are not
+#: for clients included, and each query for an endless thing.
+_REFUSED: dict[Any, Callable[[Any], Any]] = {peewee.Model: _refuse, peewee.BaseQuery: _refuse}
+
+
 class _Answers:
     """What becomes of what one route's endpoint returns."""
 
@@ -175,7 +190,7 @@ class _Answers:
     def _validated(self, returned: Any, value: Any) -> tuple[Any, Any, list[Any]]:
         with self.plans.response.no_endless_loads():
             if self._field is None:
-                return returned, jsonable_encoder(value), []
+                return returned, jsonable_encoder(value, custom_encoder=_REFUSED), []
             return returned, *self._field.validate(value, {}, loc=("response",))
 
     def _no_lazy_loads(self) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ import difflib
 import enum
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import (
     Annotated,
     Any,
@@ -30,7 +30,7 @@ from typing import (
 )
 
 import peewee
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field, TypeAdapter, create_model
 from pydantic_core import MISSING
 
 from .exceptions import SchemaError
@@ -115,9 +115,9 @@ def create_schema(
         typed = input_type(field)
         described = _described(field, typed)
         if callable(field.default):
-            described["default_factory"] = field.default
+            described["default_factory"] = _default_factory(field, typed)
         elif field.default is not None and not isinstance(field.default, peewee.Node):
-            described["default"] = field.default
+            described["default"] = _as_input(field, typed, field.default)
         elif made or field.null:
             described["default"] = MISSING if made else None
         fields[_name(field)] = (nullable(typed, field.null), Field(**described))
@@ -168,6 +168,19 @@ def _made(model: Any, name: str, base: Any, fields: dict[str, Any], config: dict
         __cls_kwargs__={key: v for key, v in config.items() if key not in base.model_config},
         **fields,
     )
+
+
+def _default_factory(field: Any, typed: Any) -> Callable[[], Any]:
+    return lambda: _as_input(field, typed, field.default())
+
+
+def _as_input(field: Any, typed: Any, default: Any) -> Any:
+    """A default as if it had come in: Peewee takes 0 for a decimal as well, Pydantic doesn't."""
+    try:
+        value = TypeAdapter(typed).validate_python(field.adapt(default))
+    except (TypeError, ValueError):
+        return default
+    return default if type(value) is type(default) else value
 
 
 def _has_bytes(type_: Any) -> bool:

@@ -462,7 +462,8 @@ class lazy_loads_forbidden:  # noqa: N801 (a context manager, called as a functi
                 del error
 
     def refuse(self) -> NoReturn:
-        error = LazyLoad(_what_is_read(), self._endpoint)
+        what, relation = _what_is_read()
+        error = LazyLoad(what, self._endpoint, relation=relation)
         self._error = self._error or error
         try:
             raise error
@@ -483,18 +484,20 @@ def forbid_lazy_load() -> None:
         _validating.now.refuse()
 
 
-def _what_is_read() -> str:
-    """The relation whose access makes Peewee run a query: what the frames above say."""
-    found, frame = "Something", _getframe(3)
+def _what_is_read() -> tuple[str, bool]:
+    """The relation whose access makes Peewee run a query, or else the query, and which of the two
+    it is: what the frames above say.
+    """
+    found, frame = ("Something", False), _getframe(3)
     while frame.f_back is not None:
         it = frame.f_locals.get("self")
         if isinstance(it, ForeignKeyAccessor) and "instance" in frame.f_locals:
-            return f"{type(frame.f_locals['instance']).__name__}.{it.name}"
+            return f"{type(frame.f_locals['instance']).__name__}.{it.name}", True
         if isinstance(it, peewee.ModelSelect):
-            found = f"A query of {it.model.__name__}"
+            found = f"A query of {it.model.__name__}", False
             field = getattr(it._where, "lhs", None)
             if isinstance(field, peewee.ForeignKeyField) and it.model is field.model:
-                found = f"{field.rel_model.__name__}.{field.backref}"
+                found = f"{field.rel_model.__name__}.{field.backref}", True
         frame = frame.f_back
     return found
 

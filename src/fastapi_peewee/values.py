@@ -131,7 +131,13 @@ def _not_null(value: object) -> object:
 #: 32 bits, except on SQLite.
 _SINGLE: Any = Annotated[_float(3.4028234e38), AfterValidator(_not_subnormal)]
 _BLOB = Annotated[bytes, BeforeValidator(_decoded)]
-_TIME = Annotated[time, AfterValidator(_without_zone)]
+#: Formats of OpenAPI's registry: `date-time` and `time` demand a zone (RFC 3339).
+_MOMENT = Annotated[NaiveDatetime, WithJsonSchema({"type": "string", "format": "date-time-local"})]
+_TIME = Annotated[
+    time,
+    AfterValidator(_without_zone),
+    WithJsonSchema({"type": "string", "format": "time-local"}),
+]
 _IPV4 = Annotated[
     str, AfterValidator(_address), WithJsonSchema({"type": "string", "format": "ipv4"})
 ]
@@ -159,7 +165,7 @@ _CLASSES: dict[type[Any], tuple[Any, Any]] = {
     peewee.BigBitField: (Annotated[bytes, BeforeValidator(_bytes_of)], _BLOB),
     peewee.UUIDField: (UUID, UUID),
     peewee.BinaryUUIDField: (UUID, UUID),
-    peewee.DateTimeField: (datetime, NaiveDatetime),
+    peewee.DateTimeField: (datetime, _MOMENT),
     peewee.DateField: (date, date),
     peewee.TimeField: (time, _TIME),
     peewee.TimestampField: (datetime, datetime),
