@@ -5,7 +5,8 @@ They are made as a server makes them: a task calls the application, and no socke
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 from fastapi.responses import StreamingResponse
@@ -27,7 +28,15 @@ PATHS = {
     "/held/def": ("", "a", "ab"),
     "/held/async": ("", "ab"),
     "/plain": ("", "ab"),
+    "/plain/with": ("", "ab"),
+    "/plain/held/with": ("", "ab"),
+    "/plain/context": ("", "a", "ab"),
     "/dependency": ("", "ab"),
+    "/dependency/with": ("", "ab"),
+    "/dependency/held": ("", "ab"),
+    "/dependency/nested": ("", "ab"),
+    "/dependency/helper": ("", "ab"),
+    "/dependency/stack": ("", "ab"),
     "/background": ("", "a", "ab"),
     "/generator": ("", "ab"),
     "/query/def": ("",),
@@ -98,6 +107,31 @@ def make_app(db: Database, row: Any) -> FastAPI:
     def dependency(n: str = "") -> None:
         both(n)
 
+    def with_db() -> Iterator[None]:
+        with db:
+            yield
+
+    def atomic() -> Iterator[None]:
+        with db.atomic():
+            yield
+
+    def connected() -> Iterator[None]:
+        with db.connection_context():
+            yield
+
+    def inner(_: Annotated[None, Depends(connected)]) -> Iterator[None]:
+        yield from atomic()
+
+    def helper() -> Iterator[None]:
+        with contextmanager(transaction)():
+            yield
+
+    def stack() -> Iterator[None]:
+        with ExitStack() as blocks:
+            blocks.enter_context(db.connection_context())
+            blocks.enter_context(db.atomic())
+            yield
+
     @app.post("/background")
     async def background(tasks: BackgroundTasks, n: str = "") -> None:
         tasks.add_task(row.create, name=f"{n}a")
@@ -131,6 +165,30 @@ def make_app(db: Database, row: Any) -> FastAPI:
     def plain_route(n: str = "") -> None:
         with db.atomic():
             both(n)
+
+    @plain.post("/plain/with")
+    @plain.post("/plain/held/with", dependencies=[Depends(get_db)])
+    def plain_with(n: str = "") -> None:
+        with db:
+            both(n)
+
+    @plain.post("/plain/context")
+    def plain_context(n: str = "") -> None:
+        with db.connection_context():
+            both(n)
+
+    uses: dict[str, Any] = {
+        "with": with_db,
+        "held": atomic,
+        "nested": inner,
+        "helper": helper,
+        "stack": stack,
+    }
+    for name, use in uses.items():
+        before = [Depends(get_db)] if name == "held" else []
+        plain.post(f"/dependency/{name}", dependencies=[*before, Depends(use, scope="function")])(
+            dependency
+        )
 
     app.include_router(plain)
     return app

@@ -38,6 +38,42 @@ async def test_without_a_thread_it_fails_and_holds_nothing(
         assert await db.run(lambda: 7) == 7
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_call_that_was_put_in_for_no_thread_to_come(
+    db: Database, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """What fails after a call was put in has failed, unless a thread that was there has begun it:
+    that one carries it out. Its connection comes back once."""
+    put = db.pool.workers.put
+
+    def fail(work: Callable[[], None]) -> None:
+        if begun:
+            done = threading.Event()
+
+            def work_and_say() -> None:
+                work()
+                done.set()
+
+            put(work_and_say)
+            assert done.wait(30)
+        else:
+            late.append(work)
+        raise RuntimeError("can't start new thread")
+
+    late: list[Callable[[], None]] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(db.pool.workers, "put", fail)
+        if begun:
+            assert await db.run(lambda: 7) == 7
+        else:
+            with pytest.raises(RuntimeError, match="can't start"):
+                await db.run(lambda: 7)
+    for work in late:
+        work()
+    assert db.pool_stats.in_use == 0
+    assert await db.run(lambda: 8) == 8
+
+
 async def test_without_a_thread_a_block_fails_and_holds_nothing(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,17 @@
 """Requests that are cancelled, at every await and at random: nothing of them is left."""
 
 import asyncio
+import threading
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
+from playhouse.pool import PooledSqliteDatabase
 
-from fastapi_peewee import Database
+from fastapi_peewee import Database, Peewee, PeeweeRoute, get_db
 from tests.apps import back_to_rest, connected
 from tests.cancelling import (
     BY,
@@ -71,3 +77,104 @@ async def test_a_thread_whose_request_ended_as_it_waited_to_write_lets_others_wr
         await back_to_rest(db, within=10)
         async with asyncio.timeout(10):
             await row.acreate(name="next")
+
+
+@pytest.mark.parametrize("holding", ["get_db", "connection_context", "nothing"])
+async def test_the_callbacks_of_a_commit_in_flight_are_called(
+    db: Database, row: Any, driver: Driver, holding: str
+) -> None:
+    """A request is cancelled, and over, while its thread commits: what is to follow a commit
+    follows."""
+    app, called = FastAPI(), []
+    Peewee(db).init_app(app)
+    loop = asyncio.get_running_loop()
+
+    def write() -> None:
+        with db.atomic():
+            row.create(name="a")
+            db.after_commit(lambda: called.append(threading.get_ident()))
+
+    def write_in_context() -> None:
+        with db.connection_context():
+            write()
+
+    router = APIRouter(route_class=PeeweeRoute if holding == "nothing" else APIRoute)
+    router.post("/", dependencies=[Depends(get_db)] if holding == "get_db" else [])(
+        write_in_context if holding == "connection_context" else write
+    )
+    app.include_router(router)
+    asked = asyncio.create_task(ask_into([], app, "/"))
+
+    def at_step(number: int) -> None:
+        if driver.statements[-1] == "COMMIT":
+            over = threading.Event()
+            loop.call_soon_threadsafe(asked.cancel)
+            if holding != "nothing":  # that waits for the thread
+                loop.call_soon_threadsafe(asked.add_done_callback, lambda _: over.set())
+                assert over.wait(30)
+
+    driver.before_step = at_step
+    await asyncio.wait({asked})
+    await back_to_rest(db, within=10)
+    driver.before_step = None
+    assert await db.count(row.select().where(row.name == "a")) == len(called) == 1
+
+
+async def test_a_generator_that_nobody_left_leaves_its_own_block_only(
+    db: Database, row: Any
+) -> None:
+    """A `with db:` in a generator is left when that is collected, wherever that may be: in another
+    request, whose block is none of its business."""
+
+    def unfinished() -> Generator[None]:
+        with db:
+            yield
+
+    def work() -> list[bool]:
+        with db:
+            row.create(name="a")
+            forgotten.close()
+            return [db.in_transaction()]
+
+    def begin() -> None:
+        next(forgotten)
+
+    forgotten = unfinished()
+    await db.run(begin)  # which has ended the block as well
+    assert await db.run(work) == [True]
+    assert await db.count(row.select().where(row.name == "a")) == 1
+
+
+async def test_a_database_of_peewees_own_whose_request_ends_as_it_connects(
+    tmp_path: Path,
+) -> None:
+    """Its connection is closed, or given back to `playhouse.pool`."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(PooledSqliteDatabase):
+        def _connect(self) -> Any:
+            begun.set()
+            assert go_on.wait(30)
+            return super()._connect()
+
+    db = Slow(str(tmp_path / "a.db"), max_connections=1, check_same_thread=False)
+    app, router = FastAPI(), APIRouter()
+    Peewee(db).init_app(app)
+
+    @router.post("/", dependencies=[Depends(get_db)])
+    def endpoint() -> None:
+        db.execute_sql("SELECT 1")
+
+    app.include_router(router)
+    asked = asyncio.create_task(ask_into([], app, "/"))
+    assert await asyncio.to_thread(begun.wait, 30)
+    asked.cancel()
+    await asyncio.wait({asked})
+    go_on.set()
+    async with asyncio.timeout(10):
+        while db._in_use or not db._connections:
+            await asyncio.sleep(0.001)
+    answers: list[int] = []
+    await ask_into(answers, app, "/")
+    assert answers == [200, 0]
+    db.close_all()

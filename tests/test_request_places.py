@@ -1,6 +1,7 @@
 """Where in a request a query may run, and what happens where it may not."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import peewee
@@ -9,7 +10,7 @@ from fastapi import BackgroundTasks, Depends, HTTPException
 from fastapi.routing import APIRoute
 
 from fastapi_peewee import BlockingQuery, ConnectedDb, Database, NoLease, PeeweeRoute, get_db
-from tests.apps import BLOCKS, client, connected, make_app, refusal
+from tests.apps import BLOCKS, back_to_rest, client, connected, make_app, refusal
 from tests.apps import db as db
 from tests.apps import note as note
 
@@ -203,6 +204,57 @@ async def test_a_transaction_around_the_yield_of_a_sync_dependency(
             done = await http.post("/?fail=false")
         assert (failed.status_code, kept) == (400, 0)
         assert (done.status_code, done.json()) == (200, True)
+
+
+@pytest.mark.parametrize("route_class", [PeeweeRoute, APIRoute])
+@pytest.mark.parametrize("way", ["helper", "stack", "with in a stack", "delegated"])
+async def test_blocks_that_a_sync_dependency_enters_by_a_helper(
+    database_url: str, way: str, route_class: Any
+) -> None:
+    """The endpoint, in another thread, uses the block that a dependency yields in, though it is the
+    user's own context manager, or an `ExitStack`, that has entered it."""
+    async with connected(database_url, timeout=1) as db:
+        app, seen = make_app(db, route_class), []
+
+        @contextmanager
+        def session() -> Iterator[None]:
+            with db.connection_context(), db.atomic():
+                yield
+
+        def helper() -> Iterator[None]:
+            with session():
+                yield
+
+        def stack() -> Iterator[None]:
+            with ExitStack() as blocks:
+                blocks.enter_context(db.connection_context())
+                blocks.enter_context(db.atomic())
+                yield
+
+        def with_in_a_stack() -> Iterator[None]:
+            with ExitStack() as blocks:
+                blocks.enter_context(db)
+                yield
+
+        def delegated() -> Iterator[None]:
+            yield from helper()
+
+        ways = {
+            "helper": helper,
+            "stack": stack,
+            "with in a stack": with_in_a_stack,
+            "delegated": delegated,
+        }
+
+        @app.get("/", dependencies=[Depends(ways[way], scope="function")])
+        def endpoint() -> bool:
+            seen.append(db.execute_sql("SELECT 1").fetchone())
+            return db.in_transaction()
+
+        async with client(app, raises=True) as http:
+            assert (await http.get("/")).json() is True
+        assert seen == [(1,)]
+        await back_to_rest(db)
 
 
 @pytest.mark.parametrize("place", ["route", "get_db", "plain route"])

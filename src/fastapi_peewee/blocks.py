@@ -43,6 +43,7 @@ class _Block:
     _generation: int
     _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
     _on: Lease | None  # entered with `with`: the lease in force there
+    _lent = False  # entered by a `yield` dependency, which left the turn to the endpoint
     _lease: Lease  # entered with `async with`
     _left: bool
     _entered: Any
@@ -62,7 +63,7 @@ class _Block:
         if lease is not None and called_by_suspended():
             # A `yield` dependency: the endpoint, in another thread, is meant to use the block.
             lease.give_turn()
-            lease = None
+            lease, self._lent = None, True
         self._turn = lease
         return result
 
@@ -84,12 +85,26 @@ class _Block:
                 raise LeaseEnded
             return
         if lease is None:  # unless this thread has the turn anyway
-            lease = self.db.take_turn()
+            try:
+                lease = self.db.take_turn()
+            except LeaseEnded:  # who gives the connection back rolls back what is open
+                if exc_type is None:
+                    raise
+                return
         try:
             super().__exit__(exc_type, exc, tb)  # type: ignore[misc]
         finally:
+            if self._lent and self._on is not None and isinstance(exc, asyncio.CancelledError):
+                # The request doesn't wait for its threads. What one of them did now would be no
+                # part of the block any more, and committed on its own.
+                self._on.closing = True
             if lease is not None:
                 lease.give_turn()
+
+    @property
+    def owes_turn(self) -> bool:
+        """Whether this thread has taken a turn for the block, which only leaving it gives back."""
+        return self._turn is not None
 
     def covers(self, lease: Lease | None) -> bool:
         """Whether code under this lease is part of the block, entered with `with`."""
@@ -228,6 +243,14 @@ class _SafeTransaction(_transaction):
             raise
         self.db.pool.transaction(self.db._state.lease(), begun=True)
 
+    def commit(self, begin: bool = True) -> None:
+        # Asked for before: in between a request that was cancelled may end, and its state with it.
+        callbacks = self.db._state.commit_callbacks
+        self.db.commit()
+        self.db._run_commit_callbacks(callbacks)
+        if begin:
+            self._begin()
+
     def __exit__(
         self,
         exc_type: type[BaseException] | None,
@@ -318,6 +341,11 @@ class Atomic(_Block, _atomic):
     """`db.atomic()`: a transaction or, inside of one, a savepoint."""
 
     _helper: _transaction | _savepoint | None = None
+
+    #: Entered by `with db:`: what took the connection, if that did; and the `id()` of the caller's
+    #: frame, since the database object itself doesn't know which `with` is being left.
+    taken: "LeaseContext | None" = None
+    within = 0
 
     @property
     def whole(self) -> bool:

@@ -84,8 +84,9 @@ class Call:
         try:
             pool.workers.put(lambda: self._work(context, token))
         except BaseException:  # no thread could be started
-            self._let_go()
-            raise
+            if self._take():  # else one that was there has begun it
+                self._let_go()
+                raise
 
     def end(self) -> "asyncio.Future[None]":
         """A future that is done when the thread is done with the call."""

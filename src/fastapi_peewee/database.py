@@ -10,6 +10,7 @@ import inspect
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -22,7 +23,7 @@ from . import single
 from .async_names import AsyncNames
 from .blocks import Atomic, CommitCallback, LeaseContext, Savepoint, Transaction
 from .calls import Call, result_of, run_follow_ups
-from .exceptions import BlockingQuery
+from .exceptions import BlockingQuery, LeaseEnded
 from .pool import Pool, PoolStats
 from .reads import Reads
 from .retries import Backoff, Retrying, retrying
@@ -32,6 +33,7 @@ from .state import (
     PeeweeConnectionState,
     allow_sync,
     called_by_peewee,
+    caller,
     forbid_lazy_load,
     translate_driver_errors,
 )
@@ -49,6 +51,15 @@ UNSENDABLE = OverflowError, UnicodeEncodeError
 
 #: The errors that `raise_refused()` is for.
 REFUSED = peewee.DatabaseError, *UNSENDABLE
+
+
+class _Owing(threading.local):
+    """A thread's `with db:` blocks for which it has taken a turn. Their lease knows them, too, but
+    is not there any more when the request, which was cancelled, is over before the thread.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[Atomic] = []
 
 
 class Database(AsyncNames, Reads):
@@ -82,6 +93,7 @@ class Database(AsyncNames, Reads):
         self.thread_safe = True
         self._state = PeeweeConnectionState()
         self._sql_cache = SqlCache(self)
+        self._owing = _Owing()
         self.pool = Pool(
             self,
             size=pool_size,
@@ -179,22 +191,52 @@ class Database(AsyncNames, Reads):
         taken = self.connection_context() if self._state.homeless else None
         if taken is not None:
             taken.__enter__()
+        block = self.atomic()
+        block.taken, block.within = taken, id(caller())
         try:
-            super().__enter__()
+            if self.is_closed():
+                self.connect()
+            block.__enter__()
         except BaseException as error:
             if taken is not None:
                 taken.__exit__(type(error), error, None)
             raise
-        self._state.ctx[-1].taken = taken
+        self._state.ctx.append(block)
+        if block.owes_turn:
+            self._owing.blocks.append(block)
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        taken = self._state.ctx[-1].taken
+        block = self._entered_here()
+        if block is None:
+            if exc[0] is None:
+                raise LeaseEnded
+            return
         try:
-            super().__exit__(*exc)
+            block.__exit__(*exc)
         finally:
-            if taken is not None:
-                taken.__exit__(*exc)
+            try:
+                if not self._state.ctx:
+                    self.close()
+            finally:
+                if block.taken is not None:
+                    block.taken.__exit__(*exc)
+
+    def _entered_here(self) -> Atomic | None:
+        """The block of the `with db:` that is being left."""
+        ctx, owing, frame = self._state.ctx, self._owing.blocks, caller()
+        blocks = [each for each in (*owing, *ctx) if isinstance(each, Atomic)]
+        within = [each for each in blocks if each.within == id(frame)]
+        # A generator may be left in any context: in that of whoever sets the collector off. Others
+        # may be entered and left by another function each: those of an `ExitStack`, say.
+        found = within if within or frame.f_code.co_flags & inspect.CO_GENERATOR else blocks
+        if not found:
+            return None
+        block = found[-1]
+        for each in (ctx, owing):
+            if block in each:
+                each.remove(block)
+        return block
 
     async def __aenter__(self) -> "Database":
         context = self.connection_context()
@@ -243,8 +285,9 @@ class Database(AsyncNames, Reads):
             return outermost.covers(lease)
         return outermost is not None
 
-    def _run_commit_callbacks(self) -> None:
-        callbacks = self._state.commit_callbacks
+    def _run_commit_callbacks(self, callbacks: list[Any] | None = None) -> None:
+        if callbacks is None:  # Peewee's own blocks, those of a `DatabaseProxy`, name none
+            callbacks = self._state.commit_callbacks
         todo, callbacks[:] = list(callbacks), []
         for callback in todo:
             if _is_async(callback.fn):

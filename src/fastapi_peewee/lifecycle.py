@@ -241,6 +241,15 @@ async def _leave(db: Database, lease: Lease) -> None:
     await run_follow_ups(lease)
 
 
+def _connect(request: RequestScope, db: Any, state: dict[str, Any]) -> None:
+    db._state._state.set(state)
+    db.connect()
+    with request.sharing:
+        held = request.leases.get(db._state) is state
+    if not held:  # the request was cancelled, and ended before there was anything to close
+        _close(db, state)
+
+
 def _close(db: Any, state: dict[str, Any]) -> None:
     db._state._state.set(state)
     while db.transaction_depth():
@@ -271,8 +280,7 @@ def _only_database() -> Any:
 async def _hold(request: RequestScope, db: Any) -> Any:
     if not isinstance(db, Database):
         if db._state not in request.leases:
-            request.hold(db, closed_state())
-            await run_in_threadpool(db.connect)
+            await run_in_threadpool(_connect, request, db, request.hold(db, closed_state()))
     elif db._state.lease() is None:  # there may be one already: a transaction dependency's, say
         lease = await db.pool.acquire()
         with request.sharing:

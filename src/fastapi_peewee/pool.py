@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple, Protocol
 
 import peewee
@@ -342,7 +342,8 @@ class Pool:
                 self._watchdog.watch(held)
         except BaseException as error:
             if conn is not None:
-                self._opener.close_connection(conn)
+                with suppress(Exception):  # the first error is the one that says something
+                    self._opener.close_connection(conn)
             if not isinstance(error, peewee.OperationalError | peewee.InternalError | OSError):
                 self._breaker.undecided()  # a database without a name, say
                 raise

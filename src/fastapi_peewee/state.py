@@ -53,6 +53,7 @@ __all__ = [
     "allow_sync",
     "called_by_peewee",
     "called_by_suspended",
+    "caller",
     "closed_state",
     "forbid_lazy_load",
     "generation",
@@ -518,22 +519,27 @@ def _distance_to_caller() -> int:
     return level
 
 
-def called_by_suspended() -> bool:
-    """Whether the caller is a generator that a server runs step by step, each in some thread.
+def caller() -> FrameType:
+    """The first frame that is neither ours nor Peewee's."""
+    return _getframe(_distance_to_caller() - 1)
 
-    Such are sync `yield` dependencies and streams. A generator of the user's own context manager is
-    none of them: the code inside its `with` runs in the same thread.
+
+def called_by_suspended() -> bool:
+    """Whether this is called by a generator that a server runs step by step, each in some thread.
+
+    Such are sync `yield` dependencies and streams, whatever they use: an `ExitStack`, say, or the
+    user's own context manager. That may be a generator as well, but isn't one that a server runs:
+    elsewhere the code inside its `with` runs in the same thread.
     """
-    frame: FrameType | None = _getframe(_distance_to_caller() - 1)
-    assert frame is not None
-    if not frame.f_code.co_flags & CO_GENERATOR:
-        return False
-    frame = frame.f_back
-    if frame is not None and frame.f_globals.get("__name__") == "contextlib":
+    below, frame = _getframe(0), _getframe(1)
+    while frame.f_back is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name.startswith(("anyio.", "starlette.", "fastapi.")):
+            return bool(below.f_code.co_flags & CO_GENERATOR)
+        if name != "contextlib":
+            below = frame
         frame = frame.f_back
-    return frame is not None and str(frame.f_globals.get("__name__")).startswith(
-        ("anyio.", "starlette.", "fastapi.")
-    )
+    return False
 
 
 def called_by_peewee() -> bool:
