@@ -103,6 +103,7 @@ REQUESTS = "tests/test_cancelled_requests.py"
 BLOCKS = "tests/test_transaction_machine.py"
 POOL = "tests/test_pool_machine.py"
 LIBPQ = "tests/test_libpq.py tests/test_single_statements.py"
+CANCELLED_REQUESTS = "tests/test_cancelled_requests.py"
 INLINE = "tests/test_inline_reads.py"
 GROUP = "tests/test_group_commit.py"
 
@@ -419,6 +420,26 @@ MUTANTS = [
         "a child process reads through its parent's connection",
         (Edit("inline", "InlineReader.ready", "self._generation != generation()", "False"),),
         INLINE,
+    ),
+    Mutant(
+        "a generator that its request didn't wait for keeps what it has taken",
+        (Edit("blocks", "LeaseContext.__enter__", "request.over", "False"),),
+        CANCELLED_REQUESTS,
+    ),
+    Mutant(
+        "a thread goes on in a transaction that its cancelled request has rolled back",
+        (Edit("blocks", "_Block.__exit__", "self._on.closing = True", "pass"),),
+        CANCELLED_REQUESTS,
+    ),
+    Mutant(
+        "`with db:` has forgotten its block when the request is over",
+        (Edit("database", "Database.__enter__", "self._owing.blocks.append(block)", "None"),),
+        CANCELLED_REQUESTS,
+    ),
+    Mutant(
+        "a half-read cursor keeps an interrupted transaction from being rolled back",
+        (Edit("sqlite", "SqliteDatabase.rollback", "self._state.conn.close_cursors()", "None"),),
+        "tests/test_time_limits.py -k half_read",
     ),
 ]
 

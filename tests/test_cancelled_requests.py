@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,49 @@ async def test_a_database_of_peewees_own_whose_request_ends_as_it_connects(
     await ask_into(answers, app, "/")
     assert answers == [200, 0]
     db.close_all()
+
+
+async def test_a_thread_that_goes_on_after_the_rollback_writes_nothing(
+    db: Database, row: Any, driver: Driver
+) -> None:
+    """The transaction of a dependency ends when its request is cancelled. The endpoint's thread,
+    for which nobody waits, goes on: what it writes isn't committed on its own."""
+    app, router = FastAPI(), APIRouter()
+    Peewee(db).init_app(app)
+    halfway, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    lease: Any = None
+
+    def in_transaction() -> Iterator[None]:
+        with db.atomic():
+            yield
+
+    def endpoint() -> None:
+        nonlocal lease
+        lease = db._state.lease()
+        try:
+            row.create(name="a")
+            halfway.set()
+            assert go_on.wait(30)
+            row.create(name="b")
+        finally:
+            ended.set()
+
+    dependencies = [Depends(get_db), Depends(in_transaction, scope="function")]
+    router.post("/", dependencies=dependencies)(endpoint)
+    app.include_router(router)
+
+    def at_step(number: int) -> None:
+        if driver.statements[-1] == "ROLLBACK":
+            go_on.set()
+            while not lease.turn.waiting:  # the endpoint's thread is the next to have its turn
+                time.sleep(0.001)
+
+    driver.before_step = at_step
+    asked = asyncio.create_task(ask_into([], app, "/"))
+    assert await asyncio.to_thread(halfway.wait, 30)
+    asked.cancel()
+    await asyncio.wait({asked})
+    assert await asyncio.to_thread(ended.wait, 30)
+    await back_to_rest(db, within=10)
+    driver.before_step = None
+    assert [each.name for each in await db.list(row.select().where(row.name != "old"))] == []
