@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,14 @@ async def test_a_thread_that_goes_on_after_the_rollback_writes_nothing(
         finally:
             ended.set()
 
-    dependencies = [Depends(get_db), Depends(in_transaction, scope="function")]
+    async def held_until_it_ended() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(ended.wait, 30)
+
+    scoped = [Depends(each, scope="function") for each in (held_until_it_ended, in_transaction)]
+    dependencies = [Depends(get_db), *scoped]
     router.post("/", dependencies=dependencies)(endpoint)
     app.include_router(router)
 
