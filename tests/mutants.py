@@ -142,10 +142,15 @@ MUTANTS = [
             Edit(
                 "lifecycle",
                 "_before_response",
-                """request.transactions or any(
+                """(request.transactions
+                or any(
+                    block.root.state["transactions"]
+                    for block, task in request.blocks.items() if task is current
+                )
+                or any(
                     _left_open(request, held)
                     for held in request.leases.values() if isinstance(held, Lease)
-                )""",
+                ))""",
                 "False",
             ),
         ),
@@ -336,7 +341,7 @@ MUTANTS = [
                 if self._on is not None and not self.db._state.has(self._on):
                     if lease is not None:
                         lease.give_turn()
-                    if exc_type is None:
+                    if exc_type is None and self._keeps_work:
                         raise LeaseEnded
                     return
                 """,

@@ -4,15 +4,17 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import peewee
 import pytest
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
 from playhouse.pool import PooledSqliteDatabase
 
-from fastapi_peewee import Database, Peewee, PeeweeRoute, get_db
+from fastapi_peewee import Database, LeaseEnded, NoLease, Peewee, PeeweeRoute, get_db
 from tests.apps import back_to_rest, connected
 from tests.cancelling import (
     BY,
@@ -24,6 +26,7 @@ from tests.cancelling import (
     alone,
     cut_everywhere,
     make_row,
+    stored_names,
     unconnected,
 )
 from tests.cancelling import db as db
@@ -232,3 +235,167 @@ async def test_a_thread_that_goes_on_after_the_rollback_writes_nothing(
     await back_to_rest(db, within=10)
     driver.before_step = None
     assert [each.name for each in await db.list(row.select().where(row.name != "old"))] == []
+
+
+def late(db: Database, row: Any, way: str, called: list[str]) -> None:
+    """What a thread does whose request was cancelled meanwhile."""
+    if way == "with db":
+        with db:
+            row.create(name="b")
+    elif way == "connection_context":
+        with db.connection_context():
+            row.create(name="b")
+    elif way == "cursor":
+        cursor = db.cursor()
+        row.create(name="b")
+        raise AssertionError(cursor)
+    else:
+        db.after_commit(lambda: called.append("b"))
+
+
+@pytest.mark.parametrize("holding", ["get_db", "connection_context"])
+@pytest.mark.parametrize("way", ["with db", "connection_context", "cursor", "after_commit"])
+async def test_what_a_cancelled_request_has_undone_is_not_done_in_part(
+    db: Database, row: Any, way: str, holding: str
+) -> None:
+    """A thread that goes on when its request's transaction was rolled back can do no more for it:
+    not in a block of its own, and no callback is called."""
+    app, router = FastAPI(), APIRouter()
+    called: list[str] = []
+    Peewee(db).init_app(app)
+    halfway, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def in_transaction() -> Iterator[None]:
+        with nullcontext() if holding == "get_db" else db.connection_context(), db.atomic():
+            yield
+
+    def endpoint() -> None:
+        row.create(name="a")
+        halfway.set()
+        assert go_on.wait(30)
+        try:
+            late(db, row, way, called)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    held = [Depends(get_db)] if holding == "get_db" else []
+    router.post("/", dependencies=[*held, Depends(in_transaction, scope="function")])(endpoint)
+    app.include_router(router)
+    asked = asyncio.create_task(ask_into([], app, "/"))
+    assert await asyncio.to_thread(halfway.wait, 30)
+    asked.cancel()
+    await asyncio.wait({asked})
+    await back_to_rest(db, within=10)
+    go_on.set()
+    assert await asyncio.to_thread(ended.wait, 30)
+    await back_to_rest(db, within=10)
+    assert await db.run(stored_names, row) == ""
+    assert [type(error) for error in errors] == [NoLease if way == "cursor" else LeaseEnded]
+    assert called == []
+
+
+async def test_a_cursor_of_a_cancelled_request_reaches_nobody_else(database_url: str) -> None:
+    """Who has the driver's own cursor, and goes on when the request is over, has one of a
+    connection that is closed: it isn't another's."""
+    async with connected(database_url, pool_size=1) as db:
+        row = await make_row(db)
+        app, router = FastAPI(), APIRouter()
+        Peewee(db).init_app(app)
+        cursors: list[Any] = []
+        go_on, ended = threading.Event(), threading.Event()
+
+        def endpoint() -> None:
+            row.create(name="a")
+            cursors.append(db.cursor())
+            assert go_on.wait(30)
+            try:
+                with pytest.raises(Exception, match=r"(?i)closed|^$|\(0, ''\)"):
+                    cursors[0].execute("INSERT INTO row_of_mine (name) VALUES ('b')")
+            finally:
+                ended.set()
+
+        router.post("/", dependencies=[Depends(get_db)])(endpoint)
+        app.include_router(router)
+        asked = asyncio.create_task(ask_into([], app, "/"))
+        async with asyncio.timeout(30):
+            while not cursors:
+                await asyncio.sleep(0.001)
+        asked.cancel()
+        await asyncio.wait({asked})
+        await back_to_rest(db, within=10)
+        async with db.atomic():
+            await row.acreate(name="b")
+            go_on.set()
+            assert await asyncio.to_thread(ended.wait, 30)
+        assert await db.run(stored_names, row) == "ab"
+
+
+async def test_manual_commit_of_a_request_that_is_over(db: Database) -> None:
+    """What is left then is no transaction any more, and says so, if there is no error already."""
+    app, router = FastAPI(), APIRouter()
+    Peewee(db).init_app(app)
+    inside, go_on = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def endpoint(fail: bool) -> None:
+        try:
+            with db.manual_commit():
+                inside.set()
+                assert go_on.wait(30)
+                if fail:
+                    raise LookupError
+        except BaseException as error:
+            errors.append(error)
+
+    router.post("/", dependencies=[Depends(get_db)])(endpoint)
+    app.include_router(router)
+    for fail in (False, True):
+        asked = asyncio.create_task(ask_into([], app, f"/?fail={fail}"))
+        assert await asyncio.to_thread(inside.wait, 30)
+        asked.cancel()
+        await asyncio.wait({asked})
+        await back_to_rest(db, within=10)
+        go_on.set()
+        async with asyncio.timeout(10):
+            while len(errors) <= fail:
+                await asyncio.sleep(0.001)
+        inside.clear()
+        go_on.clear()
+    assert [type(error) for error in errors] == [LeaseEnded, LookupError]
+
+
+async def test_a_connection_of_peewees_own_pool_that_is_in_use_is_closed(tmp_path: Path) -> None:
+    """A transaction that can't be rolled back, since a thread of the cancelled request is in the
+    driver, is rolled back by closing its connection, which no one else gets."""
+
+    class Busy(PooledSqliteDatabase):
+        def rollback(self) -> None:
+            raise peewee.InternalError("Packet sequence number wrong")
+
+    db = Busy(str(tmp_path / "a.db"), max_connections=1, check_same_thread=False)
+    app, router = FastAPI(), APIRouter()
+    Peewee(db).init_app(app)
+    inside, go_on = threading.Event(), threading.Event()
+
+    @router.post("/", dependencies=[Depends(get_db)])
+    def endpoint() -> None:
+        with suppress(IndexError), db.atomic():  # Peewee's own block finds its stack empty
+            inside.set()
+            assert go_on.wait(30)
+
+    app.include_router(router)
+    asked = asyncio.create_task(ask_into([], app, "/"))
+    assert await asyncio.to_thread(inside.wait, 30)
+    asked.cancel()
+    await asyncio.wait({asked})
+    assert asked.cancelled()
+    go_on.set()
+    assert (db._in_use, db._connections) == ({}, [])
+    answers: list[int] = []
+    inside.clear()
+    await ask_into(answers, app, "/")
+    assert answers == [200, 0]
+    db.close_all()

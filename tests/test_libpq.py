@@ -48,6 +48,11 @@ class Out(BaseModel):
     text: str
 
 
+async def connection_of(db: Database) -> Any:
+    """The pool's only connection, which isn't handed out: then it would be closed."""
+    return await db.run(lambda: db.execute_sql("SELECT 1") and db._state.conn)
+
+
 @pytest.fixture
 async def db(postgres_url: str) -> AsyncIterator[Database]:
     async with connected(postgres_url, pool_size=2) as db:
@@ -443,7 +448,7 @@ async def test_descriptors(db: Database, note: Any) -> None:
 
 async def test_what_a_socket_does_not_take_at_once(db: Database, note: Any) -> None:
     """A statement that is larger than the socket's buffer is sent as fast as the server reads."""
-    conn = await db.run(db.connection)
+    conn = await connection_of(db)
     with socket.socket(fileno=os.dup(conn.pgconn.socket)) as small:
         small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     begun = time.monotonic()
@@ -473,7 +478,7 @@ async def test_a_connection_that_breaks_while_a_statement_is_sent(
                 return left
             raise psycopg.OperationalError("broken")
 
-    conn = await db.run(db.connection)
+    conn = await connection_of(db)
     monkeypatch.setattr(Watch.of(conn), "_pgconn", Broken(conn.pgconn))
     with pytest.raises(psycopg.OperationalError, match="broken"):
         await Statements(conn).arun("SELECT pg_sleep(1)", [])
@@ -486,7 +491,7 @@ async def test_a_server_that_can_not_be_told_to_end_a_statement(
     """Its connection is cut: whoever waits for the answer learns that there will be none."""
     with Proxy(postgres_url) as wire:
         async with connected(wire.url, pool_size=1) as db:
-            conn = await db.run(db.connection)
+            conn = await connection_of(db)
             wire.swallowing = True
             monkeypatch.setattr("fastapi_peewee.postgresql._CANCEL_TIMEOUT", 0.1)
             assert db.interrupt(conn)
@@ -530,7 +535,7 @@ async def test_a_server_with_much_to_say(
     db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection on which more and more arrives, as notices, isn't taken for lost."""
-    conn = await db.run(db.connection)
+    conn = await connection_of(db)
     monkeypatch.setattr("fastapi_peewee.postgresql.readable", lambda _: True)
     assert db.is_open(conn)
 
@@ -569,7 +574,7 @@ async def test_statements_that_change_the_session(
 async def test_closing_ends_the_watch(db: Database, note: Any) -> None:
     """The descriptor of a connection that is closed is given up at once, though a server that
     is frozen says nothing that would wake the event loop."""
-    conn = await db.run(db.connection)
+    conn = await connection_of(db)
     await asyncio.sleep(1e-3)
     watch = Watch.of(conn)
     assert watch.end.alive
@@ -659,7 +664,7 @@ async def test_a_connection_that_was_reset(postgres_url: str) -> None:
     """A reset connection isn't open, though nobody has asked it for anything since."""
     with Proxy(postgres_url) as proxy:
         async with connected(proxy.url) as db:
-            conn = await db.run(db.connection)
+            conn = await connection_of(db)
             assert db.is_open(conn)
             proxy.resets = True
             proxy.cut()

@@ -56,6 +56,22 @@ async def test_a_query_in_a_def_endpoint_of_a_plain_route_is_refused(
     assert await db.count(note.select()) == 0
 
 
+async def test_manual_commit_in_a_place_that_holds_nothing_is_refused(
+    db: Database, note: Any
+) -> None:
+    """`manual_commit()` says so as a query does."""
+    app = make_app(db, APIRoute)
+
+    @app.get("/")
+    def endpoint() -> None:
+        with db.manual_commit():
+            raise AssertionError
+
+    async with client(app, raises=True) as http:
+        with pytest.raises(NoLease, match="route_class=PeeweeRoute"):
+            await http.get("/")
+
+
 @pytest.mark.parametrize("place", ["endpoint", "get_db", "atomic", "dependency", "background"])
 async def test_a_sync_query_in_async_code_is_refused_before_it_runs(
     db: Database, note: Any, place: str

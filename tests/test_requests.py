@@ -222,6 +222,27 @@ async def test_what_get_db_holds_is_over_after_the_response_has_started(db: Data
     assert len(errors) == 1
 
 
+@pytest.mark.parametrize("first", ["get_db", "the context"])
+async def test_a_context_that_ends_after_the_response(db: Database, first: str) -> None:
+    """A default-scope dependency may hold a `connection_context()`, with `get_db` or without: when
+    it ends there is nothing left to give back, and nothing lost."""
+    app = make_app(db)
+
+    def dependency() -> Iterator[None]:
+        with db.connection_context():
+            yield
+
+    both = [Depends(get_db), Depends(dependency)]
+
+    @app.get("/", dependencies=both if first == "get_db" else both[::-1])
+    def endpoint() -> int:
+        return 1
+
+    async with client(app, raises=True) as http:
+        assert (await http.get("/")).json() == 1
+    await back_to_rest(db)
+
+
 @pytest.mark.parametrize("order", ["get_db first", "transaction first"])
 async def test_get_db_and_a_transaction_share_one_connection(sqlite_url: str, order: str) -> None:
     """A request that asks for both gets by with a pool of one connection."""

@@ -16,7 +16,7 @@ from fastapi import BackgroundTasks, Depends, HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse
 
-from fastapi_peewee import Database, InTransaction, get_db, transaction
+from fastapi_peewee import ConnectedDb, Database, InTransaction, get_db, transaction
 from tests.apps import Watched, back_to_rest, client, connected, make_app
 from tests.apps import db as db
 from tests.apps import note as note
@@ -287,13 +287,38 @@ async def test_savepoints_of_a_request_in_a_transaction(db: Database, note: Any)
 # Refused.
 
 
+async def _own_transaction(db: ConnectedDb) -> AsyncIterator[None]:
+    async with db.atomic():
+        yield
+
+
+def _own_sync_transaction(db: ConnectedDb) -> Iterator[None]:
+    with db.atomic():
+        yield
+
+
 @KINDS
+@pytest.mark.parametrize("dependency", [transaction, _own_transaction, _own_sync_transaction])
+@pytest.mark.parametrize("held", [True, False])
 async def test_a_transaction_in_the_default_scope_is_refused(
-    db: Database, note: Any, kind: str
+    db: Database, note: Any, kind: str, dependency: Any, held: bool
 ) -> None:
-    """`Depends(transaction)` would commit too late: an error that says so, and nothing is kept."""
+    """`Depends(transaction)` would commit too late, as one's own dependency would: an error that
+    says so, and nothing is kept."""
     app = make_app(db)
-    dependencies = [Depends(transaction)]
+    if held or dependency is transaction:
+        dependencies = [Depends(dependency)]
+    else:  # without `get_db`
+
+        async def alone() -> AsyncIterator[None]:
+            async with db.atomic():
+                yield
+
+        def sync_alone() -> Iterator[None]:
+            with db.connection_context(), db.atomic():
+                yield
+
+        dependencies = [Depends(alone if dependency is _own_transaction else sync_alone)]
 
     def sync() -> None:
         note.create(text="a")

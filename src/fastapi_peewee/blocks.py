@@ -24,6 +24,7 @@ from .state import (
     Lease,
     RequestScope,
     _atomic,
+    _manual,
     _savepoint,
     _transaction,
     called_by_suspended,
@@ -43,6 +44,7 @@ class _Block:
     _generation: int
     _turn: Lease | None = None  # entered with `with`: the lease whose turn this thread took
     _on: Lease | None  # entered with `with`: the lease in force there
+    _keeps_work = True  # what was done in it may be lost
     _lent = False  # entered by a `yield` dependency, which left the turn to the endpoint
     _lease: Lease  # entered with `async with`
     _left: bool
@@ -81,7 +83,7 @@ class _Block:
             # Who gives the connection back rolls back what is open.
             if lease is not None:
                 lease.give_turn()
-            if exc_type is None:
+            if exc_type is None and self._keeps_work:
                 raise LeaseEnded
             return
         if lease is None:  # unless this thread has the turn anyway
@@ -98,6 +100,8 @@ class _Block:
                 # The request doesn't wait for its threads. What one of them did now would be no
                 # part of the block any more, and committed on its own.
                 self._on.closing = True
+                if (request := RequestScope.current.get()) is not None:
+                    request.undone += (self.db._state,)
             if lease is not None:
                 lease.give_turn()
 
@@ -361,12 +365,36 @@ class Savepoint(_Block, _MarkedSavepoint):
     """`db.savepoint()`."""
 
 
+class Manual(_manual):
+    """`db.manual_commit()`: nothing would keep it in a place that holds no connection."""
+
+    db: "Database"
+
+    def __enter__(self) -> None:
+        self.db._state.guard()
+        super().__enter__()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self.db._state.homeless:  # the request is over, and what was open is rolled back
+            if exc_type is None:
+                raise LeaseEnded
+            return
+        super().__exit__(exc_type, exc, tb)
+
+
 class LeaseContext(_Block, ConnectionContext):
     """`db.connection_context()`: holds a connection, without a transaction.
 
     In a thread of a request that holds none it takes one for the request, and blocks the thread for
     it: the generator of a dependency or stream goes on in another thread, with another context.
     """
+
+    _keeps_work = False
 
     #: Entered by `db.aconnect()`, to be left by `db.aclose()`.
     until_aclose = False
@@ -378,6 +406,8 @@ class LeaseContext(_Block, ConnectionContext):
         db, request = self.db, RequestScope.current.get()
         if request is None or db._state.bound_lease() is not None:
             return super().__enter__()
+        if db._state in request.undone:
+            raise LeaseEnded
         with request.sharing:  # until it is counted, the last of the others may give it back
             held = db._state.lease()
             shared = held is not None and held.contexts > 0

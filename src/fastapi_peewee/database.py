@@ -21,7 +21,7 @@ import peewee
 
 from . import single
 from .async_names import AsyncNames
-from .blocks import Atomic, CommitCallback, LeaseContext, Savepoint, Transaction
+from .blocks import Atomic, CommitCallback, LeaseContext, Manual, Savepoint, Transaction
 from .calls import Call, result_of, run_follow_ups
 from .exceptions import BlockingQuery, LeaseEnded
 from .pool import Pool, PoolStats
@@ -31,6 +31,7 @@ from .sql_cache import SqlCache
 from .state import (
     Lease,
     PeeweeConnectionState,
+    RequestScope,
     allow_sync,
     called_by_peewee,
     caller,
@@ -130,6 +131,9 @@ class Database(AsyncNames, Reads):
 
     def savepoint(self) -> Savepoint:
         return Savepoint(self)
+
+    def manual_commit(self) -> Manual:
+        return Manual(self)
 
     def connection_context(self) -> LeaseContext:
         return LeaseContext(self)
@@ -258,8 +262,12 @@ class Database(AsyncNames, Reads):
 
         Raises:
             ValueError: `fn` is `async`, but no event loop awaits this code.
+            LeaseEnded: the transaction was rolled back when its request was cancelled.
         """
         lease = self._state.lease()
+        request = RequestScope.current.get()
+        if lease is None and request is not None and self._state in request.undone:
+            raise LeaseEnded
         if _is_async(fn):
             if lease is None or lease.root.follow_ups is None:
                 raise ValueError(
@@ -320,7 +328,7 @@ class Database(AsyncNames, Reads):
         lease = self._state.lease()
         if lease is not None:
             self._ensure_connected(lease)
-            lease.root.tainted = True  # what is done with it, nobody sees
+            lease.root.tainted = lease.root.handed_out = True  # what is done with it, nobody sees
         return super().connection()
 
     def cursor(self, named_cursor: Any = None) -> Any:
@@ -328,7 +336,7 @@ class Database(AsyncNames, Reads):
         if lease is not None:
             self._ensure_connected(lease)
             if not called_by_peewee():
-                lease.root.tainted = True  # what is done with it, nobody sees
+                lease.root.tainted = lease.root.handed_out = True  # as above
         return super().cursor(named_cursor)
 
     def _ensure_connected(self, lease: Lease) -> None:

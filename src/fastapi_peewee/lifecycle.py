@@ -172,8 +172,17 @@ class PeeweeMiddleware:
 
 
 async def _before_response(request: RequestScope) -> None:
-    if request.transactions or any(
-        _left_open(request, held) for held in request.leases.values() if isinstance(held, Lease)
+    current = asyncio.current_task()
+    if (
+        request.transactions
+        or any(
+            block.root.state["transactions"]
+            for block, task in request.blocks.items()
+            if task is current
+        )
+        or any(
+            _left_open(request, held) for held in request.leases.values() if isinstance(held, Lease)
+        )
     ):
         raise RuntimeError(
             "A transaction would be committed after the response, so that a failing COMMIT could "
@@ -219,6 +228,8 @@ async def _release(request: RequestScope, *, over: bool = False) -> None:
                 if not over and isinstance(held, Lease) and held.contexts:
                     continue
                 db = request.owners.get(state)
+                if over and isinstance(held, Lease) and held.state["transactions"]:
+                    request.undone += (state,)
                 if db is None or not request.drop(db, held):
                     continue  # a thread of this request has given it back meanwhile
             if not isinstance(held, Lease):
@@ -252,10 +263,14 @@ def _connect(request: RequestScope, db: Any, state: dict[str, Any]) -> None:
 
 def _close(db: Any, state: dict[str, Any]) -> None:
     db._state._state.set(state)
+    close = db.close
     while db.transaction_depth():
-        db.pop_transaction().rollback(False)
+        try:
+            db.pop_transaction().rollback(False)
+        except Exception:  # a thread of a request that was cancelled is still using the connection
+            close = getattr(db, "manual_close", close)  # not for others: that of `playhouse.pool`
     if not db.is_closed():
-        db.close()
+        close()
 
 
 def _scope() -> RequestScope:

@@ -290,6 +290,8 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
                 cursor.close()  # outside of a transaction that asks nothing of the server
         if not lease.tainted:
             return True
+        if lease.handed_out:
+            return False
         if lease.held.statements is not None:
             lease.held.statements.forget()
         result = conn.pgconn.exec_(_RESET)

@@ -26,6 +26,7 @@ from peewee import (
     __exception_wrapper__,
     _atomic,
     _ConnectionState,
+    _manual,
     _savepoint,
     _transaction,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "PeeweeConnectionState",
     "RequestScope",
     "_atomic",
+    "_manual",
     "_savepoint",
     "_transaction",
     "allow_sync",
@@ -112,6 +114,8 @@ class Lease:
         slot: the pool's gate, to which the slot goes back.
         held: the pool's record of the connection; None before the first call.
         tainted: the session may have been changed; reset before the next user.
+        handed_out: the driver's connection or a cursor was asked for. A thread that a cancelled
+            request doesn't wait for may have it still.
         server_cursors: PostgreSQL's; kept until the lease ends, since one that is collected earlier
             would speak to the server at a time of the collector's choosing.
         contexts: how many `connection_context()` blocks share it, if threads of a request took it.
@@ -133,6 +137,7 @@ class Lease:
         "ended",
         "follow_ups",
         "generation",
+        "handed_out",
         "held",
         "owner",
         "parent",
@@ -164,7 +169,7 @@ class Lease:
         self.slot = slot
         self.held: Any = None
         self.patience = math.inf
-        self.tainted = False
+        self.tainted = self.handed_out = False
         self.contexts = 0
         self.server_cursors: list[Any] = []
         self.follow_ups: list[Callable[[], Awaitable[Any]]] | None = []
@@ -254,6 +259,7 @@ class RequestScope:
         "response_started",
         "sharing",
         "transactions",
+        "undone",
     )
 
     current: "ContextVar[RequestScope | None]" = ContextVar("fastapi_peewee_request", default=None)
@@ -275,6 +281,9 @@ class RequestScope:
         self.blocks: dict[Any, Any] = {}
         #: How many transaction dependencies are open.
         self.transactions = 0
+        #: Of databases on which a transaction was rolled back since the request was cancelled: what
+        #: its threads would do now is no part of that any more.
+        self.undone: tuple[PeeweeConnectionState, ...] = ()
         self.response_started = False
         #: Whether the request has ended, though threads of it may go on.
         self.over = False
