@@ -443,6 +443,26 @@ def test_a_connection_that_cant_be_closed_is_gone_all_the_same(
     assert pool.stats == (0, 0, 0, 1, 1, 0, 0)
 
 
+def test_a_connection_that_can_neither_be_prepared_nor_closed(
+    pool: Pool, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the two errors counts, for its caller and for the breaker."""
+
+    def fail(*_: Any) -> None:
+        raise ValueError("the second")
+
+    def prepare(conn: int, statement_timeout: float | None) -> None:
+        raise OSError("the first")
+
+    monkeypatch.setattr(driver, "prepare_session", prepare)
+    monkeypatch.setattr(driver, "close_connection", fail)
+    for _ in range(2):
+        with pytest.raises(DatabaseUnavailable, match="a new connection failed"):
+            take(pool)
+    with pytest.raises(DatabaseUnavailable, match="one at a time"):
+        take(pool)
+
+
 # The names of playhouse.pool, on real databases.
 
 

@@ -117,7 +117,7 @@ def create_schema(
         if callable(field.default):
             described["default_factory"] = _default_factory(field, typed)
         elif field.default is not None and not isinstance(field.default, peewee.Node):
-            described["default"] = _as_input(field, typed, field.default)
+            described["default"] = _as_input(field, TypeAdapter(typed), field.default)
         elif made or field.null:
             described["default"] = MISSING if made else None
         fields[_name(field)] = (nullable(typed, field.null), Field(**described))
@@ -171,13 +171,14 @@ def _made(model: Any, name: str, base: Any, fields: dict[str, Any], config: dict
 
 
 def _default_factory(field: Any, typed: Any) -> Callable[[], Any]:
-    return lambda: _as_input(field, typed, field.default())
+    adapter = TypeAdapter(typed)
+    return lambda: _as_input(field, adapter, field.default())
 
 
-def _as_input(field: Any, typed: Any, default: Any) -> Any:
+def _as_input(field: Any, adapter: TypeAdapter[Any], default: Any) -> Any:
     """A default as if it had come in: Peewee takes 0 for a decimal as well, Pydantic doesn't."""
     try:
-        value = TypeAdapter(typed).validate_python(field.adapt(default))
+        value = adapter.validate_python(field.adapt(default))
     except (TypeError, ValueError):
         return default
     return default if type(value) is type(default) else value
