@@ -460,7 +460,7 @@ STRANGE: dict[str, list[Any]] = {
     ],
     "stamp": [1.5, "2024-01-01 10:00:00"],
     "uuid": ["6C3A50E8-CE5A-45B9-81E9-7F66DED77F2B", "{6c3a50e8ce5a45b981e97f66ded77f2b}"],
-    "document": ["not json", "NaN", "[1,]", "[Infinity]", "[" * 3000 + "]" * 3000, 1.5, b"[1]"],
+    "document": ["not json", "NaN", "[1,]", "[Infinity]", "[" * 20_000 + "]" * 20_000, 1.5, b"[1]"],
 }
 
 #: Columns whose names in the database aren't those of the attributes.

@@ -124,11 +124,12 @@ async def test_the_callbacks_of_a_commit_in_flight_are_called(
     assert await db.count(row.select().where(row.name == "a")) == len(called) == 1
 
 
+@pytest.mark.parametrize("end", ["collected", "read to its end"])
 async def test_a_generator_that_nobody_left_leaves_its_own_block_only(
-    db: Database, row: Any
+    db: Database, row: Any, end: str
 ) -> None:
-    """A `with db:` in a generator is left when that is collected, wherever that may be: in another
-    request, whose block is none of its business."""
+    """A `with db:` in a generator may be left anywhere, for instance when it is collected: in
+    another request, whose block is none of its business."""
 
     def unfinished() -> Generator[None]:
         with db:
@@ -137,7 +138,11 @@ async def test_a_generator_that_nobody_left_leaves_its_own_block_only(
     def work() -> list[bool]:
         with db:
             row.create(name="a")
-            forgotten.close()
+            if end == "collected":
+                forgotten.close()
+            else:
+                with pytest.raises(LeaseEnded):
+                    next(forgotten)
             return [db.in_transaction()]
 
     def begin() -> None:
@@ -235,6 +240,41 @@ async def test_a_thread_that_goes_on_after_the_rollback_writes_nothing(
     await back_to_rest(db, within=10)
     driver.before_step = None
     assert [each.name for each in await db.list(row.select().where(row.name != "old"))] == []
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+async def test_blocks_around_one_that_was_undone(db: Database, row: Any, swallowed: bool) -> None:
+    """When the innermost block of a dependency is undone, those around it have nothing to do; one
+    that is to commit says so."""
+    app, router, errors = FastAPI(), APIRouter(), []
+    Peewee(db).init_app(app)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def nested() -> Iterator[None]:
+        try:
+            swallow = suppress(asyncio.CancelledError) if swallowed else nullcontext()
+            with db.atomic(), swallow, db.atomic():
+                row.create(name="a")
+                yield
+        except BaseException as error:
+            errors.append(type(error))
+            raise
+
+    @router.post("/", dependencies=[Depends(get_db), Depends(nested, scope="function")])
+    def endpoint() -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    app.include_router(router)
+    asked = asyncio.create_task(ask_into([], app, "/"))
+    assert await asyncio.to_thread(inside.wait, 30)
+    asked.cancel()
+    await asyncio.wait({asked})
+    go_on.set()
+    assert isinstance(asked.exception(), LeaseEnded) if swallowed else asked.cancelled()
+    await back_to_rest(db, within=10)
+    assert errors == [LeaseEnded if swallowed else asyncio.CancelledError]
+    assert await db.run(stored_names, row) == ""
 
 
 def late(db: Database, row: Any, way: str, called: list[str]) -> None:

@@ -313,6 +313,22 @@ async def test_who_is_cancelled_in_the_queue_writes_nothing(
     await at_rest(db)
 
 
+async def test_a_turn_to_write_that_comes_when_all_are_cancelled(
+    db: Any, note: Any, batches: list[list[str]]
+) -> None:
+    """Nothing is begun then, and the turn goes on to the next."""
+    async with db.atomic():
+        task = asyncio.create_task(note.acreate(text="a"), context=Context())
+        await until(lambda: db._writers._gate.waiting)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await at_rest(db)
+    await note.acreate(text="b")
+    assert texts(db) == ["b"]
+    assert batches == []
+
+
 async def test_who_is_cancelled_while_others_write(db: Database, note: Any) -> None:
     """What has begun is over when `CancelledError` comes; the others have their answers."""
     for count in range(30):

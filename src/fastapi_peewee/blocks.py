@@ -96,12 +96,17 @@ class _Block:
         try:
             super().__exit__(exc_type, exc, tb)  # type: ignore[misc]
         finally:
-            if self._lent and self._on is not None and isinstance(exc, asyncio.CancelledError):
-                # The request doesn't wait for its threads. What one of them did now would be no
-                # part of the block any more, and committed on its own.
+            request = RequestScope.current.get() if self._lent else None
+            if (
+                request is not None
+                and self._on is not None
+                and self._on is request.leases.get(self.db._state)
+                and isinstance(exc, asyncio.CancelledError)
+            ):
+                # It doesn't wait for its threads. What one of them did now would be no part of the
+                # block any more, and committed on its own.
                 self._on.closing = True
-                if (request := RequestScope.current.get()) is not None:
-                    request.undone += (self.db._state,)
+                request.undone += (self.db._state,)
             if lease is not None:
                 lease.give_turn()
 

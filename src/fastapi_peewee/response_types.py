@@ -353,8 +353,6 @@ def _sums(node: Any) -> bool:
     node = node.unwrap() if isinstance(node, peewee.Node) else node
     if isinstance(node, peewee.Expression):
         return _sums(node.lhs) or _sums(node.rhs)
-    if isinstance(node, peewee.Cast):
-        return _sums(node.node)
     if not isinstance(node, peewee.Function):
         return False
     name, arguments = node.name.upper(), node.arguments
