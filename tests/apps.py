@@ -60,7 +60,7 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def make_app(db: Database, route_class: type[APIRoute] = PeeweeRoute) -> FastAPI:
+def make_app(db: Any, route_class: type[APIRoute] = PeeweeRoute) -> FastAPI:
     app = FastAPI()
     Peewee(db).init_app(app)
     app.router.route_class = route_class

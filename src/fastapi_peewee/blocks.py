@@ -415,12 +415,13 @@ class LeaseContext(_Block, ConnectionContext):
             raise LeaseEnded
         with request.sharing:  # until it is counted, the last of the others may give it back
             held = db._state.lease()
-            shared = held is not None and held.contexts > 0
-            if held is not None and shared:
+            if held is not None and held.contexts:
                 held.contexts += 1
-        if held is not None and not shared:
-            return super().__enter__()
-        self._taken = self._take_for(request) if held is None else held
+                self._taken = held
+        if self._taken is None:
+            if held is not None:
+                return super().__enter__()
+            self._taken = self._take_for(request)
         self._request = request
         # A request that was cancelled doesn't wait for its threads. A generator that is entered now
         # was for its endpoint, and nobody leaves it.
