@@ -133,8 +133,8 @@ async def create_item_for_user(user_id: UserId, item: schemas.ItemCreate) -> mod
 
 
 @app.get("/items/", response_model=list[schemas.Item])
-async def read_items(skip: Skip = 0, limit: Limit = 100) -> peewee.ModelSelect:
-    return crud.get_items(skip, limit)
+async def read_items(skip: Skip = 0, limit: Limit = 100) -> Any:
+    return crud.items_page(skip=skip, limit=limit)
 
 
 sleep_time = 10

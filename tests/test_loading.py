@@ -137,11 +137,11 @@ NESTED = {
         """SELECT json_group_array(json_object('id', _fp."c0", 'name', _fp."c1", """
         """'items', (SELECT json_group_array(json_object('id', _fp1."c0", 'title', _fp1."c1")) """
         """FROM (SELECT "t1"."id" AS "c0", """
-        """CASE WHEN "t1"."title" < '' COLLATE BINARY OR "t1"."title" >= x'' """
+        """CASE WHEN "t1"."title" COLLATE BINARY NOT BETWEEN '' AND x'' """
         """THEN json('?'||"t1"."title") ELSE "t1"."title" END AS "c1" FROM "item" AS "t1" """
         """WHERE ("t1"."owner_id" = _fp."c0") ORDER BY "t1"."id") _fp1))) FROM ("""
         """SELECT "t1"."id" AS "c0", """
-        """CASE WHEN "t1"."name" < '' COLLATE BINARY OR "t1"."name" >= x'' """
+        """CASE WHEN "t1"."name" COLLATE BINARY NOT BETWEEN '' AND x'' """
         """THEN json('?'||"t1"."name") ELSE "t1"."name" END AS "c1" FROM "user" AS "t1" """
         """WHERE ("t1"."name" != ?) ORDER BY "t1"."name") _fp"""
     ),
@@ -710,11 +710,84 @@ def test_a_strange_row_that_is_not_in_the_answer(sqlite_url: str) -> None:
         db.create_tables([User])
         for place, name in enumerate([b"x", b"y", "a", "b"]):
             User.insert(name=peewee.Value(name, converter=False), place=place).execute()
-        query = User.select().order_by(User.place.desc()).limit(2)
-        plan_ = Plans(list[Named]).plan(query)
-        loaded = plan_.load(db)
-        assert isinstance(loaded, Texts)
-        assert json.loads(loaded.body()) == [{"name": "b"}, {"name": "a"}]
+        for query in (
+            User.select().order_by(User.place.desc()).limit(2),
+            User.select().order_by(User.id.desc()).limit(2),
+            User.select().order_by(-User.id).limit(2),
+            User.select().order_by(User.id.desc(nulls="last")).limit(2),
+            User.select().where(User.place > 0).order_by(User.name.desc()).offset(1),
+            User.select().order_by(User.id, User.place).offset(2),
+            User.select().order_by(User.id).offset(2),
+            User.select().offset(2),
+        ):
+            plan_ = Plans(list[Named]).plan(query)
+            loaded = plan_.load(db)
+            assert isinstance(loaded, Texts)
+            names = sorted(row["name"] for row in json.loads(loaded.body()))
+            assert names == ["a", "b"], query
+
+
+def test_a_page_by_the_key_is_looked_at_inside(sqlite_url: str) -> None:
+    """Where no other rows are computed, a page's values are looked at before they are copied."""
+
+    class Named(BaseModel):
+        name: str
+
+    with connection(sqlite_url) as db:
+
+        class User(db.Model):
+            name = peewee.CharField()
+
+        class Word(db.Model):
+            name = peewee.CharField(primary_key=True)
+
+        db.create_tables([User, Word])
+        for query, inside in (
+            (User.select().order_by(User.id).limit(2), True),
+            (User.select().order_by(User.id.desc()).limit(2).offset(1), True),
+            (User.select().offset(2), True),
+            (User.select().order_by(User.name).limit(2), False),
+            (User.select().order_by(User.id, User.name).limit(2), False),
+            (User.select().order_by(User.id.asc(nulls="last")).limit(2), False),
+            (User.select().where(User.name > "a").order_by(User.id).limit(2), False),
+            (User.select().join(Word, on=User.name == Word.name).limit(2), False),
+            (User.select().group_by(User.id).order_by(User.id).limit(2), False),
+            (Word.select().order_by(Word.name).limit(2), False),
+        ):
+            sql, _ = Plans(list[Named]).plan(query).statement(db)
+            assert ("'name', _fp.\"c0\")" in sql) is inside, sql
+
+
+def test_whole_numbers_with_a_fraction_of_nothing(sqlite_url: str) -> None:
+    """What is 5.0 in a column without a type is 5, and '7' in one of texts is 7."""
+
+    class Placed(BaseModel):
+        id: int
+        place: int | None
+
+    with connection(sqlite_url) as db:
+
+        class User(db.Model):
+            place = peewee.IntegerField(null=True)
+
+        class Written(db.Model):
+            place = peewee.IntegerField()
+
+        db.execute_sql("CREATE TABLE written (id INTEGER PRIMARY KEY, place TEXT)")
+        Written.insert(place="7").execute()
+        assert only(every_plan(Written.select(), list[Placed], db)) == [{"id": 1, "place": 7}]
+        db.execute_sql('CREATE TABLE "user" (id INTEGER PRIMARY KEY, place)')
+        for place in (5.0, -0.0, None, 2**63 - 1, -(2**63), 9007199254740993):
+            User.insert(place=peewee.Value(place, converter=False)).execute()
+        answers = every_plan(User.select().order_by(User.id), list[Placed], db)
+        places = [5, 0, None, 2**63 - 1, -(2**63), 9007199254740993]
+        assert [row["place"] for row in only(answers)] == places
+        assert '"place":5}' in json.dumps(answers["json"]).replace(" ", "")
+        for odd in ("7", b"7", 1e300):
+            User.insert(place=peewee.Value(odd, converter=False)).execute()
+            loaded = Plans(list[Placed]).plan(User.select()).load(db)
+            assert not isinstance(loaded, Texts), "the rows are read"
+            User.delete().where(User.id > len(places)).execute()
 
 
 def test_a_query_of_other_rows_than_its_model_s(db: Any, models: SimpleNamespace) -> None:

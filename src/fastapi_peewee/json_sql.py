@@ -15,7 +15,7 @@ import peewee
 
 from .columns import Narrowed, expressions, names_output
 from .state import translate_driver_errors
-from .trees import Leaf, Relation, Tree, sources
+from .trees import Leaf, Relation, Tree, among, primary_key, sources
 
 
 class NoJson(Exception):
@@ -69,8 +69,11 @@ _PG_SECONDS = (
 _MALFORMED = "json('?'||{v})"
 _STRANGE = f"ELSE {_MALFORMED} END"
 #: Numbers come before all texts there, and blobs after them.
-_ONLY_TEXT = f"CASE WHEN {{v}} < '' COLLATE BINARY OR {{v}} >= x'' THEN {_MALFORMED} ELSE {{v}} END"
-_ONLY_INTEGER = f"CASE WHEN typeof({{v}}) IN ('integer','null') THEN {{v}} {_STRANGE}"
+_ONLY_TEXT = (
+    f"CASE WHEN {{v}} COLLATE BINARY NOT BETWEEN '' AND x'' THEN {_MALFORMED} ELSE {{v}} END"
+)
+#: As Python reads them: 5.0 as 5, and '7', in a column of texts, as 7.
+_ONLY_INTEGER = f"CASE WHEN {{v}} IS NOT ({{v}}|0) THEN {_MALFORMED} ELSE {{v}}|0 END"
 _SPACES = "".join(map(chr, filter(lambda i: chr(i).isspace(), range(1, 0x3001))))
 _T = "replace({v},' ','T')"
 _ZONED = "replace(replace({v},' ','T'),'+00:00','Z')"
@@ -481,10 +484,9 @@ class SqliteJson(_Wrapping):
     def checked_inside(self, tree: Tree, narrowed: Narrowed) -> dict[int, str]:
         """Values that only have to be looked at: outside of the query SQLite copies them for each
         look. Not those of a relation's link, which would lose its column's affinity, nor of a query
-        that looks at more rows than it returns.
+        that may look at more rows than it returns.
         """
-        query = narrowed.query
-        if not narrowed.pruned or query._limit is not None or query._offset is not None:
+        if not narrowed.pruned or not _looks_at_no_more_than_it_returns(narrowed.query):
             return {}
         links = {narrowed.place(relation) for relation in tree.relations}
         known, _ = self._known.get(id(tree), (None, None))
@@ -628,6 +630,23 @@ def _checked(template: str, node: Any, name: str) -> Any:
     parts = _filled(template, node)
     nodes = [peewee.SQL(part) if isinstance(part, str) else part for part in parts]
     return peewee.Alias(peewee.NodeList(nodes, glue=""), name)
+
+
+def _looks_at_no_more_than_it_returns(query: Any) -> bool:
+    """Whether SQLite computes what is selected for the rows that are returned only."""
+    if query._limit is None and query._offset is None:
+        return True
+    # Else a page of a table in the order of its key, by which SQLite stores the rows.
+    if query._where is not None or query._group_by or len(sources(query)) > 1:
+        return False
+    order = [
+        each.node
+        if isinstance(each, peewee.Ordering) and not (each.collation or each.nulls)
+        else each
+        for each in query._order_by or ()
+    ]
+    key = primary_key(query.model) if type(query.model._meta.primary_key) in _KEYS else []
+    return not order or (len(order) == 1 and among(order[0], key))
 
 
 def _is_window(ordering: Any) -> bool:
