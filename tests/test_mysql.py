@@ -1,5 +1,8 @@
 """MySQL and MariaDB: what is said to a server, and what is made of what it says."""
 
+import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,9 +10,15 @@ import peewee
 import pymysql
 import pytest
 
-from fastapi_peewee import connect
+from fastapi_peewee import DatabaseUnavailable, connect
 from fastapi_peewee.mysql import MySQLDatabase
-from tests.apps import client, connected, make_app
+from tests.apps import back_to_rest, client, connected, make_app
+
+#: With what a server greets that has TLS to offer: `CLIENT_SSL` is among its capabilities.
+GREETING = (
+    b"\x0a8.0.0\0\1\0\0\0" + 8 * b"x" + b"\0\xff\xff\x21\2\0\x0f\0\x15"
+    + bytes(10) + 12 * b"x" + b"\0mysql_native_password\0"
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -62,6 +71,32 @@ def test_connecting_without_a_limit_is_refused(seconds: Any) -> None:
     db = connect("mysql:///name", connect_timeout=seconds)
     with pytest.raises(ValueError, match="connect_timeout should be"):
         db.connect()
+
+
+@pytest.mark.parametrize("options", [{}, {"read_timeout": 30}])
+async def test_a_server_that_is_silent_in_the_handshake_of_tls(options: dict[str, Any]) -> None:
+    """`connect_timeout` holds for it, too, whatever reads have later."""
+    writers: list[asyncio.StreamWriter] = []
+
+    def greet(_: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(struct.pack("<I", len(GREETING)) + GREETING)
+        writers.append(writer)
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0, family=socket.AF_INET)
+    port = server.sockets[0].getsockname()[1]
+    async with connected(
+        f"mysql://root@127.0.0.1:{port}/name", connect_timeout=0.2, **options
+    ) as db:
+        asked = asyncio.ensure_future(db.run(lambda: db.execute_sql("SELECT 1")))
+        await asyncio.wait({asked}, timeout=10)
+        in_time = asked.done()
+        for writer in writers:
+            writer.transport.abort()
+        server.close()
+        with pytest.raises(DatabaseUnavailable):
+            await asked
+        assert in_time
+        await back_to_rest(db)
 
 
 async def test_a_warning_that_says_nothing_of_the_json_is_none_of_ours(db: MySQLDatabase) -> None:

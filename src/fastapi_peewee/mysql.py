@@ -51,10 +51,13 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         import pymysql
 
         seconds = min(limit, self.connect_timeout)
-        # PyMySQL's limit for connecting is for the socket only; a server may say nothing then.
-        params = {"read_timeout": seconds, **self.connect_params, "connect_timeout": seconds}
+        # PyMySQL's limit for connecting is for the socket only. A server may say nothing then: what
+        # is read has a limit of its own, and a handshake of TLS that of what was written before it.
+        limits = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
+        params = {**self.connect_params, **limits}
         conn: Any = pymysql.connect(database=self.database, autocommit=True, **params)
         conn._read_timeout = self.connect_params.get("read_timeout")
+        conn._write_timeout = self.connect_params.get("write_timeout")
         return conn
 
     @contextmanager
