@@ -29,6 +29,7 @@ class Proxy:
         slice_to: forward the server's data in pieces of at most so many bytes, each in a packet of
             its own; None for pieces as they come.
         swallowing: take data, and forward none: what a firewall does that has lost its memory.
+        swallow_from: be swallowing from the moment on when a client sends this; None for never.
         refusing: close new connections at once.
         cut_before: cut a connection on which the client sends this; None for never. The server
             doesn't get it.
@@ -45,6 +46,7 @@ class Proxy:
         self.latency = 0.0
         self.slice_to: int | None = None
         self.swallowing = self.refusing = self.resets = False
+        self.swallow_from: bytes | None = None
         self.cut_before: bytes | None = None
         self.cut_after: bytes | None = None
         self.cut_answer_at: int | None = None
@@ -89,7 +91,7 @@ class Proxy:
         """No faults from now on. What is cut stays so."""
         self.latency, self.slice_to = 0.0, None
         self.swallowing = self.refusing = self.resets = False
-        self.cut_before = self.cut_after = self.cut_answer_at = None
+        self.swallow_from = self.cut_before = self.cut_after = self.cut_answer_at = None
 
     def cut(self) -> None:
         """Cut all connections that are open now."""
@@ -161,6 +163,9 @@ class Proxy:
     ) -> None:
         with suppress(OSError):
             while data := await self._read(reader):
+                if self.swallow_from and self.swallow_from in data:
+                    self.swallowing = True
+                    continue
                 if self.cut_before and self.cut_before in data:
                     self._cut(client)
                     return

@@ -314,6 +314,30 @@ async def test_the_statement_of_a_cancelled_task_is_ended(
             assert (await db.aexecute_sql("SELECT 1"))[0][0] == 1
 
 
+async def test_a_call_is_over_though_nobody_answers_what_should_end_its_statement(
+    mysql_url: str,
+) -> None:
+    """The network falls silent as MariaDB or MySQL is told to end the statement of a cancelled
+    task: both connections have their limits."""
+    options = {"pool_size": 1, "connect_timeout": LIMIT, "statement_timeout": 2 * LIMIT}
+    with Proxy(mysql_url) as wire:
+        async with connected(wire.url, **options) as db:
+            await db.aexecute_sql("SELECT 1")
+            wire.swallow_from = b"KILL"
+            task = asyncio.create_task(db.aexecute_sql(slow(db)))
+            while db.pool_stats.in_use == 0:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(LIMIT / 3)
+            task.cancel()
+            await asyncio.wait({task}, timeout=SOON)
+            in_time = task.done()
+            wire.cut()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert in_time
+            await back_to_rest(db)
+
+
 @pytest.mark.parametrize("nested", [True, False])
 async def test_a_part_of_a_transaction_that_is_cancelled(nested: bool, database_url: str) -> None:
     """The rest of the transaction goes on if that part is a block of its own and has only read. If

@@ -48,6 +48,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         super().init(database, **kwargs)
 
     def _connect(self, limit: float = math.inf) -> Any:
+        """A connection whose reads and writes have this limit, too, until it is lifted."""
         import pymysql
 
         seconds = min(limit, self.connect_timeout)
@@ -55,7 +56,10 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         # is read has a limit of its own, and a handshake of TLS that of what was written before it.
         limits = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
         params = {**self.connect_params, **limits}
-        conn: Any = pymysql.connect(database=self.database, autocommit=True, **params)
+        return pymysql.connect(database=self.database, autocommit=True, **params)
+
+    def open_connection(self, limit: float = math.inf) -> Any:
+        conn = super().open_connection(limit)
         conn._read_timeout = self.connect_params.get("read_timeout")
         conn._write_timeout = self.connect_params.get("write_timeout")
         return conn
@@ -98,8 +102,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
     def _initialize_connection(self, conn: Any) -> None:
         super()._initialize_connection(conn)
         # JSON_ARRAYAGG cuts what is longer, by default 1 MiB; now only max_allowed_packet does.
-        with self._reading_for(conn, self.connect_timeout):
-            conn.query(f"SET SESSION group_concat_max_len = {2**32 - 1}")
+        conn.query(f"SET SESSION group_concat_max_len = {2**32 - 1}")
 
     def texts(self, cursor: Any) -> Sequence[bytes]:
         rows = cursor.fetchall()
