@@ -543,6 +543,20 @@ def test_while_the_database_is_away_one_at_a_time_asks_for_it(
     assert pool.stats.in_use == 0
 
 
+@pytest.mark.parametrize("connect_timeout", [0.05, 0.001])
+def test_with_little_time_to_connect_a_failure_is_no_end(
+    pool: Pool, driver: Driver, clock: Clock, connect_timeout: float
+) -> None:
+    """However small `connect_timeout` is, somebody tries again after a failure."""
+    driver.connect_timeout, driver.unreachable = connect_timeout, True
+    for _ in range(3):
+        with pytest.raises(DatabaseUnavailable):
+            take(pool)
+    driver.unreachable = False
+    clock.now += 0.5
+    pool.give_back(take(pool))
+
+
 def test_when_one_connection_is_lost_the_idle_ones_are_asked(
     pool: Pool, driver: Driver, clock: Clock
 ) -> None:

@@ -328,7 +328,9 @@ class Pool:
         return alive
 
     def _open(self, limit: float) -> _Held:
-        if not self._breaker.admits(hurried=limit <= _LEAST):
+        # Who has hardly any time, unless nobody has more.
+        hurried = limit <= _LEAST and limit < self._opener.connect_timeout
+        if not self._breaker.admits(hurried=hurried):
             raise DatabaseUnavailable(
                 "The database could not be reached a moment ago; one at a time tries again."
             )
