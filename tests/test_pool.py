@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import os
 import threading
 import warnings
@@ -43,6 +44,8 @@ class Driver:
     unreachable: bool = False
     #: The time that the last attempt to connect, or the last question, had.
     limit: float = 0.0
+    #: The time that was left of it when the session was prepared.
+    prepared_within: float = 0.0
 
     connect_timeout: float = 5.0
 
@@ -61,8 +64,8 @@ class Driver:
         self.checked.append(conn)
         return conn not in self.dead
 
-    def prepare_session(self, conn: int, statement_timeout: float | None) -> None:
-        pass
+    def prepare_session(self, conn: int, statement_timeout: float | None, limit: float) -> None:
+        self.prepared_within = limit
 
     def is_open(self, conn: int) -> bool:
         return conn not in self.dead
@@ -417,7 +420,7 @@ def test_a_connection_that_cant_be_prepared_is_closed(
 ) -> None:
     """It is lent to nobody, and its slot is free."""
 
-    def prepare(conn: int, statement_timeout: float | None) -> None:
+    def prepare(conn: int, statement_timeout: float | None, limit: float) -> None:
         raise error
 
     monkeypatch.setattr(driver, "prepare_session", prepare)
@@ -451,7 +454,7 @@ def test_a_connection_that_can_neither_be_prepared_nor_closed(
     def fail(*_: Any) -> None:
         raise ValueError("the second")
 
-    def prepare(conn: int, statement_timeout: float | None) -> None:
+    def prepare(conn: int, statement_timeout: float | None, limit: float) -> None:
         raise OSError("the first")
 
     monkeypatch.setattr(driver, "prepare_session", prepare)
@@ -592,6 +595,26 @@ async def test_who_has_waited_has_the_rest_of_the_time_to_connect(
         pool.connect(first)
         assert driver.limit == left
     pool.give_back(first)
+
+
+def test_preparing_a_session_is_a_part_of_opening_a_connection(
+    driver: Driver, clock: Clock
+) -> None:
+    """It has what is left of the time that there is for both."""
+    pool, open_connection = of_one(driver, timeout=10, clock=clock), driver.open_connection
+
+    def slow(limit: float) -> int:
+        clock.now += 0.75
+        return open_connection(limit)
+
+    driver.open_connection = slow  # type: ignore[method-assign]
+    for patience, left in ((math.inf, 4.25), (1.0, 0.25), (0.75, 0.05)):
+        lease = pool.acquire_blocking()
+        lease.patience = patience
+        pool.connect(lease)
+        assert driver.prepared_within == left
+        pool.wear_out(lease)
+        pool.give_back(lease)
 
 
 def test_a_silent_connection_takes_half_of_the_time(

@@ -11,7 +11,7 @@ import anyio
 import peewee
 import pytest
 
-from fastapi_peewee import Database, TransactionAborted
+from fastapi_peewee import Database, DatabaseUnavailable, TransactionAborted
 from fastapi_peewee.mysql import MySQLDatabase
 from fastapi_peewee.postgresql import PostgresqlDatabase
 from fastapi_peewee.state import translate_driver_errors
@@ -417,6 +417,28 @@ async def test_a_wire_that_swallows_everything(wired: Database, wire: Proxy) -> 
             await back_to_rest(wired)
             wire.heal()
             wire.cut()
+
+
+@pytest.mark.parametrize(
+    ("postgres", "mysql"),
+    [(b"statement_timeout", b"group_concat"), (b"client_conn", b"SESSION max")],
+)
+async def test_a_server_that_falls_silent_as_a_session_is_set_up(
+    wire: Proxy, postgres: bytes, mysql: bytes
+) -> None:
+    """Whoever has waited for the connection has the rest of that time for this, too."""
+    options = {"timeout": 1, "connect_timeout": 2 * SOON, "statement_timeout": 2 * SOON}
+    async with connected(wire.url, pool_size=1, **options) as db:
+        wire.swallow_from = mysql if isinstance(db, MySQLDatabase) else postgres
+        lease = await db.pool.acquire()
+        begun = time.monotonic()
+        asked = asyncio.create_task(db.aexecute_sql("SELECT 1"))
+        await asyncio.sleep(LIMIT)
+        db.pool.give_back(lease)
+        with pytest.raises(DatabaseUnavailable):
+            await asked
+        assert time.monotonic() - begun < SOON
+        await back_to_rest(db)
 
 
 async def test_a_session_that_stands_still(own_server: Server, own_database: str) -> None:

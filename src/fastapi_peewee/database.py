@@ -636,7 +636,9 @@ class Database(AsyncNames, Reads):
     def close_connection(self, conn: Any) -> None:
         conn.close()
 
-    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+    def prepare_session(
+        self, conn: Any, statement_timeout: float | None, limit: float = math.inf
+    ) -> None:
         raise NotImplementedError
 
     def is_alive(self, conn: Any, limit: float) -> bool:

@@ -72,14 +72,16 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         finally:
             conn._read_timeout = usual
 
-    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+    def prepare_session(
+        self, conn: Any, statement_timeout: float | None, limit: float = math.inf
+    ) -> None:
         if statement_timeout is None:
             return
         if self.mariadb:
             setting = f"max_statement_time = {statement_timeout:f}"
         else:  # for SELECT only
             setting = f"max_execution_time = {math.ceil(statement_timeout * 1000)}"
-        with self._reading_for(conn, self.connect_timeout):
+        with self._reading_for(conn, min(limit, self.connect_timeout)):
             conn.query(f"SET SESSION {setting}")
 
     def interrupt(self, conn: Any) -> bool:

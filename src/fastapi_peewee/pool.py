@@ -49,8 +49,8 @@ class Opener(Protocol):
 
     def close_connection(self, conn: Any) -> None: ...
 
-    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
-        """Set what the sessions of the pool have, beyond others."""
+    def prepare_session(self, conn: Any, statement_timeout: float | None, limit: float) -> None:
+        """Set what the sessions of the pool have, beyond others, within `limit` seconds."""
 
     def is_open(self, conn: Any) -> bool:
         """Whether the connection is alive, for all that is known; asks nobody."""
@@ -337,8 +337,9 @@ class Pool:
         epoch, conn, begun = self._epoch, None, self._clock()
         try:
             conn = self._opener.open_connection(limit)
+            left = max(begun + limit - self._clock(), _LEAST)
             with translate_driver_errors:
-                self._opener.prepare_session(conn, self.statement_timeout)
+                self._opener.prepare_session(conn, self.statement_timeout, left)
             held = _Held(conn, epoch, self._clock())
             if self._watchdog is not None:
                 self._watchdog.watch(held)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from threading import get_ident
@@ -244,7 +245,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         except Exception:
             return False
 
-    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+    def prepare_session(
+        self, conn: Any, statement_timeout: float | None, limit: float = math.inf
+    ) -> None:
         # psycopg prepares none itself: its DEALLOCATE ALL, after a DROP or a ROLLBACK, would be the
         # end of ours, too.
         conn.prepare_threshold = None
@@ -254,8 +257,10 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if conn.info.server_version >= 140000:
             # Else a statement runs on when its client has gone.
             settings.append("client_connection_check_interval = 1000")
+        deadline = time.monotonic() + min(limit, self.connect_timeout)
         for setting in settings:  # a server on a system that can't check refuses the second
-            if ask(conn.pgconn, f"SET {setting}".encode(), self.connect_timeout) is None:
+            left = deadline - time.monotonic()
+            if ask(conn.pgconn, f"SET {setting}".encode(), left) is None:
                 raise peewee.OperationalError("The server does not answer (connect_timeout).")
 
     def interrupt(self, conn: Any) -> bool:

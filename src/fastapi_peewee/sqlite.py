@@ -341,7 +341,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         code = getattr(cause_of(error), "sqlite_errorcode", 0)
         return bool(code & 0xFF == sqlite3.SQLITE_BUSY)
 
-    def prepare_session(self, conn: Any, statement_timeout: float | None) -> None:
+    def prepare_session(
+        self, conn: Any, statement_timeout: float | None, limit: float = math.inf
+    ) -> None:
         if statement_timeout is not None and statement_timeout < self._busy_timeout:
             # While SQLite waits for a lock, it can't be interrupted.
             conn.execute(f"PRAGMA busy_timeout = {math.ceil(statement_timeout * 1000)}")
