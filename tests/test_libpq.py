@@ -493,7 +493,7 @@ async def test_a_server_that_can_not_be_told_to_end_a_statement(
         async with connected(wire.url, pool_size=1) as db:
             conn = await connection_of(db)
             wire.swallowing = True
-            monkeypatch.setattr("fastapi_peewee.postgresql._CANCEL_TIMEOUT", 0.1)
+            monkeypatch.setattr("fastapi_peewee.database.CANCEL_TIMEOUT", 0.1)
             assert db.interrupt(conn)
             assert not db.is_open(conn)
 

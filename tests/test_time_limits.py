@@ -419,6 +419,33 @@ async def test_a_wire_that_swallows_everything(wired: Database, wire: Proxy) -> 
             wire.cut()
 
 
+async def test_a_task_that_is_cancelled_in_silence(
+    wire: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is over no later than its statement would be: trying to end that takes no longer."""
+    monkeypatch.setattr("fastapi_peewee.database.CANCEL_TIMEOUT", 2 * SOON)
+    options = {"connect_timeout": 2 * SOON, "statement_timeout": LIMIT}
+    async with connected(wire.url, pool_size=1, **options) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        await db.acreate_tables([Note])
+        for work in (lambda: db.aexecute_sql("SELECT 1"), lambda: Note.acreate(text="a")):
+            await db.aexecute_sql("SELECT 1")
+            wire.swallowing = True
+            task = asyncio.create_task(work())
+            await asyncio.sleep(LIMIT / 3)
+            task.cancel()
+            begun = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert time.monotonic() - begun < SOON
+            await back_to_rest(db)
+            wire.heal()
+            wire.cut()
+
+
 @pytest.mark.parametrize(
     ("postgres", "mysql"),
     [(b"statement_timeout", b"group_concat"), (b"client_conn", b"SESSION max")],

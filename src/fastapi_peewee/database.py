@@ -54,6 +54,10 @@ UNSENDABLE = OverflowError, UnicodeEncodeError
 REFUSED = peewee.DatabaseError, *UNSENDABLE
 
 
+#: Seconds in which the server has to take the order to end a statement; else its connection is cut.
+CANCEL_TIMEOUT = 2.0
+
+
 class _Owing(threading.local):
     """A thread's `with db:` blocks for which it has taken a turn. Their lease knows them, too, but
     is not there any more when the request, which was cancelled, is over before the thread.
@@ -618,6 +622,11 @@ class Database(AsyncNames, Reads):
     def connect_timeout(self) -> float:
         """Seconds that connecting may take."""
         return float(self.connect_params.get("connect_timeout") or math.inf)
+
+    @property
+    def cancel_timeout(self) -> float:
+        """Seconds that ending a statement may take: no longer than the statement itself."""
+        return min(CANCEL_TIMEOUT, self.pool.statement_timeout or math.inf)
 
     def open_connection(self, limit: float = math.inf) -> Any:
         if self.deferred:

@@ -86,7 +86,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
 
     def interrupt(self, conn: Any) -> bool:
         try:
-            with closing(self._connect()) as other:
+            with closing(self._connect(self.cancel_timeout)) as other:
                 other.query(f"KILL QUERY {conn.thread_id()}")
         except Exception:
             self.cut(conn)  # the server is away, or frozen

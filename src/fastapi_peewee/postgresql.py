@@ -31,9 +31,6 @@ T = TypeVar("T")
 
 _cursors = itertools.count(1)
 
-#: Seconds to wait until the server has ended a statement that is interrupted.
-_CANCEL_TIMEOUT = 2.0
-
 
 class _Fetching:
     """A cursor of the server's, as Peewee reads it, row by row: fetched many at a time."""
@@ -170,7 +167,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     def _end_statement(self, conn: Any) -> None:
         self.interrupt(conn)
         with suppress(Exception):  # the connection is lost
-            answer(conn.pgconn, _CANCEL_TIMEOUT)
+            answer(conn.pgconn, self.cancel_timeout)
 
     def texts(self, cursor: Any) -> list[bytes]:
         return column(cursor.pgresult)
@@ -270,7 +267,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             # libpq before 17 waits for as long as the network likes, and psycopg's C implementation
             # keeps all threads from running meanwhile.
             capabilities.has_cancel_safe(check=True)
-            conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
+            conn.cancel_safe(timeout=self.cancel_timeout)
         except Exception:
             self.cut(conn)  # or the server is away, or frozen
         return True
