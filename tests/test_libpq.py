@@ -270,17 +270,23 @@ async def slow(db: Database, note: Any) -> FastAPI:
     return app
 
 
-async def running(db: Database) -> None:
-    """Wait until the server is busy with the slow query."""
+async def is_running(db: Database) -> bool:
+    """Whether the server is busy with the slow query."""
     sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%%pg_sleep%%' AND state = "
     sql += "'active' AND pid <> pg_backend_pid() AND datname = current_database()"
+    return bool((await db.aexecute_sql(sql))[0][0])
+
+
+async def running(db: Database) -> None:
+    """Wait until it is."""
     with anyio.fail_after(5):
-        while (await db.aexecute_sql(sql))[0][0] == 0:
+        while not await is_running(db):
             await anyio.sleep(0.01)
 
 
 async def test_cancelled(db: Database, note: Any, threads: list[str]) -> None:
-    """A cancelled read gives its slot back, and its connection to nobody."""
+    """A cancelled read is over at the server, too: it gives its slot back, and its connection to
+    nobody."""
     app = await slow(db, note)
     async with client(app) as http:
         task = asyncio.create_task(http.get("/?seconds=30"))
@@ -289,6 +295,7 @@ async def test_cancelled(db: Database, note: Any, threads: list[str]) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert not await is_running(db)
         await back_to_rest(db)
         assert threads[-1] == threading.current_thread().name
         assert db.pool_stats.discarded == before.discarded + 1

@@ -150,8 +150,9 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             except Unwatchable:
                 return None
             except BaseException as error:
-                if isinstance(error, asyncio.CancelledError) and unsure:
-                    # What is cancelled is over when the caller learns of it, as in a thread. No
+                if isinstance(error, asyncio.CancelledError) and self.is_open(conn):
+                    # What is cancelled is over when the caller learns of it, as in a thread; the
+                    # server would work on, and have more sessions than the pool has connections. No
                     # task awaits that: whoever cancels all tasks would cancel it, too.
                     loop = asyncio.get_running_loop()
                     await uninterrupted(loop.run_in_executor(None, self._end_statement, conn))
