@@ -77,6 +77,28 @@ async def test_background_tasks_that_are_sync(db: Database, note: Any, kind: str
     assert await db.count(note.select()) == 2
 
 
+@pytest.mark.parametrize("retried", [False, True])
+async def test_a_background_task_has_its_arguments_as_they_are(db: Database, retried: bool) -> None:
+    """What `db.run` takes for itself is the task's own, as it is on a plain route."""
+    app = make_app(db)
+    seen: list[dict[str, int]] = []
+
+    def named(retries: int) -> None:
+        seen.append({"retries": retries})
+
+    def others(**options: int) -> None:
+        seen.append(options)
+
+    @app.get("/")
+    def endpoint(tasks: BackgroundTasks) -> None:
+        for task in (named, others):
+            tasks.add_task(db.retry(task) if retried else task, retries=7)
+
+    async with client(app, raises=True) as http:
+        assert (await http.get("/")).status_code == 200
+    assert seen == [{"retries": 7}] * 2
+
+
 async def test_sync_background_tasks_of_plain_routes_are_refused_unless_they_say_how(
     db: Database, note: Any
 ) -> None:

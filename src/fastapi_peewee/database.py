@@ -567,6 +567,10 @@ class Database(AsyncNames, Reads):
                     "function's, write `await db.run(partial(fn, retries=…))`."
                 )
             fn = self.retry(fn, retries=kwargs.pop("retries"))
+        return await self.run_with(fn, args, kwargs)
+
+    async def run_with(self, fn: Any, args: Any, kwargs: Any) -> Any:
+        """The same, of which all arguments are the function's own."""
         again = retrying(fn)
         if again is None:
             return await self.call(partial(fn, *args, **kwargs))

@@ -296,6 +296,6 @@ def _lease(task: Any) -> None:
 
     @functools.wraps(fn)
     async def leased(*args: Any, **kwargs: Any) -> None:
-        await _database().run(fn, *args, **kwargs)
+        await _database().run_with(fn, args, kwargs)
 
     task.func, task.is_async = leased, True
