@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import pytest
 from fastapi import Depends
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from starlette.background import BackgroundTask
 
 from fastapi_peewee import (
     Database,
@@ -623,6 +625,38 @@ async def test_a_stream_that_waits_for_a_connection_ends_with_its_request(
         db.pool.give_back(lease)
     assert done
     assert request.cancelled()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_background_task_comes_when_the_reading_has_ended(
+    db: Database, books: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """What isn't sent isn't read: not while the task runs either, which may need the connection."""
+    app = make_app(db)
+    seen: list[int] = []
+    write = _Pipe.write
+
+    def write_slowly(pipe: _Pipe, data: bytes) -> None:
+        write(pipe, data)
+        deadline = time.monotonic() + 5
+        while not pipe.stopped and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(_Pipe, "write", write_slowly)
+
+    async def look() -> None:
+        seen.append(db.pool_stats.in_use)
+
+    @app.api_route("/", methods=["GET", "HEAD"], response_model=None)
+    async def stream() -> Any:
+        return respond(books.select(), list[Plain], stream="jsonl", background=BackgroundTask(look))
+
+    if method == "GET":
+        await walk_away(app, "/", after=1)
+    else:
+        async with client(app, raises=True) as http:
+            assert (await http.head("/")).status_code == 200
+    assert seen == [0]
 
 
 def test_what_is_no_stream(sqlite_url: str) -> None:

@@ -167,8 +167,12 @@ class QueryStream(StreamingResponse):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # It comes when the connection has gone back, also if the client didn't hear to the end.
+        background, self.background = self.background, None
         with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
             await self._send(_Pipe(file), scope, receive, send)
+        if background is not None:
+            await background()
 
     async def _send(self, pipe: "_Pipe", scope: Scope, receive: Receive, send: Send) -> None:
         reading = asyncio.ensure_future(
