@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import anyio.from_thread
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import StreamingResponse
@@ -218,6 +219,32 @@ async def test_an_event_stream_that_begins_before_its_response(
         response = await asyncio.wait_for(http.get("/"), 10)
     assert response.status_code == 200
     assert response.text.count("data:") == 100
+    await back_to_rest(db)
+
+
+@pytest.mark.parametrize("block", ["with db", "atomic in connection_context"])
+async def test_a_sync_event_stream_that_begins_before_its_response(
+    db: Database, numbered: Any, block: str
+) -> None:
+    """Its transaction isn't taken for a dependency's, which would be committed too late."""
+    begun = asyncio.Event()
+    app = FastAPI()
+    app.add_middleware(Late, after=begun)
+    Peewee(db).init_app(app)
+
+    @app.get("/", response_class=EventSourceResponse)
+    def events() -> Iterator[str]:
+        with BLOCKS[block](db):
+            for number in range(20):
+                numbered.create(text="event")
+                if number == 2:
+                    anyio.from_thread.run_sync(begun.set)
+                yield str(number)
+
+    async with client(app, raises=True) as http:
+        response = await asyncio.wait_for(http.get("/"), 10)
+    assert response.text.count("data:") == 20
+    assert await db.count(numbered.select()) == 120
     await back_to_rest(db)
 
 

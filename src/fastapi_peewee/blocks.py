@@ -62,10 +62,11 @@ class _Block:
             if lease is not None:
                 lease.give_turn()
             raise
-        if lease is not None and called_by_suspended():
+        if lease is not None and (server := called_by_suspended()):
             # A `yield` dependency: the endpoint, in another thread, is meant to use the block.
             lease.give_turn()
             lease, self._lent = None, True
+            self._streams(server != "anyio")
         self._turn = lease
         return result
 
@@ -109,6 +110,11 @@ class _Block:
                 request.undone += (self.db._state,)
             if lease is not None:
                 lease.give_turn()
+
+    def _streams(self, streams: bool) -> None:
+        transaction = getattr(self, "_helper", self)
+        if isinstance(transaction, _SafeTransaction):
+            transaction.streams = streams
 
     @property
     def owes_turn(self) -> bool:
@@ -243,6 +249,7 @@ class _SafeTransaction(_transaction):
     """Peewee's transaction, except that a failing end neither hides its cause nor stays open."""
 
     committed = False  # in the middle of the block, by `txn.commit()`
+    streams = False  # entered by a sync generator whose rows are sent, not by a dependency
 
     def _begin(self) -> None:
         try:

@@ -193,8 +193,11 @@ async def _before_response(request: RequestScope) -> None:
 
 
 def _left_open(request: RequestScope, held: Lease) -> bool:
-    """Whether a transaction on what the request holds is open, other than a running task's."""
-    if not held.state["transactions"]:
+    """Whether a transaction on what the request holds is open, other than a running task's or a
+    sync generator's, which may be an event stream: that begins before its response does.
+    """
+    outermost = next(iter(held.state["transactions"]), None)
+    if outermost is None or getattr(outermost, "streams", False):
         return False
     # The turn is held: by a block of this task, or by a task that is busy, such as the producer of
     # an event stream, which begins before its response does.

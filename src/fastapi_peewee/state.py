@@ -533,22 +533,23 @@ def caller() -> FrameType:
     return _getframe(_distance_to_caller() - 1)
 
 
-def called_by_suspended() -> bool:
-    """Whether this is called by a generator that a server runs step by step, each in some thread.
+def called_by_suspended() -> str | None:
+    """Of which package a server is that runs the calling generator step by step, each in some
+    thread; None if none does.
 
-    Such are sync `yield` dependencies and streams, whatever they use: an `ExitStack`, say, or the
-    user's own context manager. That may be a generator as well, but isn't one that a server runs:
-    elsewhere the code inside its `with` runs in the same thread.
+    Such are sync `yield` dependencies, which anyio runs, and streams, whatever they use: an
+    `ExitStack`, say, or the user's own context manager. That may be a generator as well, but isn't
+    one that a server runs: elsewhere the code inside its `with` runs in the same thread.
     """
     below, frame = _getframe(0), _getframe(1)
     while frame.f_back is not None:
-        name = str(frame.f_globals.get("__name__"))
-        if name.startswith(("anyio.", "starlette.", "fastapi.")):
-            return bool(below.f_code.co_flags & CO_GENERATOR)
-        if name != "contextlib":
+        package, _, inside = str(frame.f_globals.get("__name__")).partition(".")
+        if inside and package in ("anyio", "starlette", "fastapi"):
+            return package if below.f_code.co_flags & CO_GENERATOR else None
+        if package != "contextlib":
             below = frame
         frame = frame.f_back
-    return False
+    return None
 
 
 def called_by_peewee() -> bool:
