@@ -234,6 +234,29 @@ async def test_base_http_middleware(db: Database, note: Any, place: str) -> None
 
 
 @PLACES
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_transaction_after_the_response_is_refused_under_base_http_middleware(
+    db: Database, note: Any, place: str, held: bool
+) -> None:
+    """A dependency that yields in a transaction is refused, also where another task than its own
+    sends the response."""
+    app = surrounded(db, place, [])
+
+    async def in_transaction() -> AsyncIterator[None]:
+        async with db.atomic():
+            yield
+
+    @app.get("/", dependencies=[*([Depends(get_db)] if held else []), Depends(in_transaction)])
+    async def endpoint() -> None:
+        await note.acreate(text="lost")
+
+    async with client(app, raises=True) as http:
+        with pytest.raises(RuntimeError, match="committed after the response"):
+            await http.get("/")
+    assert await db.count(note.select()) == 0
+
+
+@PLACES
 @pytest.mark.usefixtures("no_collector")
 async def test_a_stream_that_is_cut_under_base_http_middleware(
     db: Database, note: Any, place: str

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeAlias
 import peewee
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,9 @@ from .handlers import UNAVAILABLE, add_handlers
 from .retries import is_retried
 from .routing import PeeweeRoute, is_generator
 from .state import Lease, PeeweeConnectionState, RequestScope, closed_state
+
+#: Where the middleware is that stands around each application's routes, in whichever task.
+_INNERMOST = ExceptionMiddleware.__module__
 
 
 class Peewee:
@@ -172,13 +176,12 @@ class PeeweeMiddleware:
 
 
 async def _before_response(request: RequestScope) -> None:
-    current = asyncio.current_task()
     if (
         request.transactions
         or any(
             block.root.state["transactions"]
             for block, task in request.blocks.items()
-            if task is current
+            if _answers(task)
         )
         or any(
             _left_open(request, held) for held in request.leases.values() if isinstance(held, Lease)
@@ -199,12 +202,26 @@ def _left_open(request: RequestScope, held: Lease) -> bool:
     outermost = next(iter(held.state["transactions"]), None)
     if outermost is None or getattr(outermost, "streams", False):
         return False
-    # The turn is held: by a block of this task, or by a task that is busy, such as the producer of
-    # an event stream, which begins before its response does.
-    current = asyncio.current_task()
+    # The turn is held: by a block of a task that answers, or by a task that is busy, such as the
+    # producer of an event stream, which begins before its response does.
     return not held.turn.held or any(
-        block.root is held for block, task in request.blocks.items() if task is current
+        block.root is held for block, task in request.blocks.items() if _answers(task)
     )
+
+
+def _answers(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that has an open block sends the response that is about to start: this one,
+    or one under a `BaseHTTPMiddleware`, which has the application run in a task of its own.
+    """
+    if task is asyncio.current_task():
+        return True
+    step: Any = task.get_coro()
+    while step is not None:
+        frame = getattr(step, "cr_frame", None)
+        if frame is not None and frame.f_globals.get("__name__") == _INNERMOST:
+            return True
+        step = getattr(step, "cr_await", None)
+    return False
 
 
 async def _release(request: RequestScope, *, over: bool = False) -> None:
