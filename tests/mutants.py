@@ -145,7 +145,7 @@ MUTANTS = [
                 """(request.transactions
                 or any(
                     block.root.state["transactions"]
-                    for block, task in request.blocks.items() if task is current
+                    for block, task in request.blocks.items() if _answers(task)
                 )
                 or any(
                     _left_open(request, held)
