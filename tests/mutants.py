@@ -145,7 +145,8 @@ MUTANTS = [
                 """(request.transactions
                 or any(
                     block.root.state["transactions"]
-                    for block, task in request.blocks.items() if _answers(task)
+                    for block, task in request.blocks.items()
+                    if not block.streams and _answers(task)
                 )
                 or any(
                     _left_open(request, held)

@@ -1,19 +1,21 @@
 """What comes after a response has started: streams and background tasks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import anyio.from_thread
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI
+from fastapi import BackgroundTasks, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_peewee import Database, NoLease, Peewee, PeeweeRoute, get_db
-from tests.apps import BLOCKS, back_to_rest, chain, client, make_app, refusal, walk_away
+from tests.apps import BLOCKS, back_to_rest, chain, client, http_scope, make_app, refusal, walk_away
 from tests.apps import db as db
 from tests.apps import no_collector as no_collector
 from tests.apps import note as note
@@ -245,6 +247,66 @@ async def test_a_sync_event_stream_that_begins_before_its_response(
         response = await asyncio.wait_for(http.get("/"), 10)
     assert response.text.count("data:") == 20
     assert await db.count(numbered.select()) == 120
+    await back_to_rest(db)
+
+
+async def wait_a_little(
+    request: Request, call_next: Callable[[Request], Awaitable[Response]]
+) -> Response:
+    response = await call_next(request)
+    await asyncio.sleep(0.02)
+    return response
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("reading", ["iterate", "atomic", "sync"])
+@pytest.mark.parametrize("middleware", ["gzip", "base http"])
+async def test_a_stream_under_middleware_that_holds_its_beginning_back(
+    db: Database, numbered: Any, middleware: str, reading: str, held: bool, spec_version: str
+) -> None:
+    """What it has open when its response starts at last is its own, and no dependency's."""
+    app = FastAPI()
+    if middleware == "gzip":
+        app.add_middleware(GZipMiddleware)
+    else:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=wait_a_little)
+    Peewee(db).init_app(app)
+
+    async def rows() -> AsyncIterator[str]:
+        if reading == "iterate":
+            async for row in db.iterate(numbered.select(), buffer_size=7):
+                yield row.text
+        else:
+            async with db.atomic():
+                for number in range(100):
+                    await numbered.acreate(text="written")
+                    yield str(number)
+
+    def sync_rows() -> Iterator[str]:
+        with db.connection_context(), db.atomic():
+            for number in range(100):
+                numbered.create(text="written")
+                yield str(number)
+
+    @app.get("/", dependencies=HOLDING if held else [])
+    def stream() -> StreamingResponse:
+        return StreamingResponse(sync_rows() if reading == "sync" else rows())
+
+    messages: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+
+    scope = http_scope("GET", "/", spec_version)
+    scope["headers"] = [(b"accept-encoding", b"gzip")]
+    await asyncio.wait_for(asyncio.create_task(app(scope, receive, send)), 10)
+    assert messages[0]["status"] == 200
+    assert await db.count(numbered.select()) == (100 if reading == "iterate" else 200)
     await back_to_rest(db)
 
 

@@ -27,6 +27,7 @@ from .state import (
     _manual,
     _savepoint,
     _transaction,
+    called_by_stream,
     called_by_suspended,
     generation,
 )
@@ -46,6 +47,7 @@ class _Block:
     _on: Lease | None  # entered with `with`: the lease in force there
     _keeps_work = True  # what was done in it may be lost
     _lent = False  # entered by a `yield` dependency, which left the turn to the endpoint
+    streams = False  # entered by a generator that is sent, not by a dependency
     _lease: Lease  # entered with `async with`
     _left: bool
     _entered: Any
@@ -162,6 +164,7 @@ class _Block:
         request = RequestScope.current.get()
         if request is not None:
             request.blocks[self] = asyncio.current_task()
+            self.streams = not request.response_started and called_by_stream()
         return lease
 
     async def aexit_unbound(self, error: BaseException | None = None) -> None:
@@ -249,7 +252,7 @@ class _SafeTransaction(_transaction):
     """Peewee's transaction, except that a failing end neither hides its cause nor stays open."""
 
     committed = False  # in the middle of the block, by `txn.commit()`
-    streams = False  # entered by a sync generator whose rows are sent, not by a dependency
+    streams = False  # entered by a sync generator that is sent, not by a dependency
 
     def _begin(self) -> None:
         try:
@@ -422,7 +425,9 @@ class LeaseContext(_Block, ConnectionContext):
             raise LeaseEnded
         with request.sharing:  # until it is counted, the last of the others may give it back
             held = db._state.lease()
-            if held is not None and held.contexts:
+            # What `get_db` holds goes back as the response starts. A stream may begin before that,
+            # and has it from then on.
+            if held is not None and (held.contexts or called_by_suspended() not in (None, "anyio")):
                 held.contexts += 1
                 self._taken = held
         if self._taken is None:

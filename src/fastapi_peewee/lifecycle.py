@@ -181,7 +181,7 @@ async def _before_response(request: RequestScope) -> None:
         or any(
             block.root.state["transactions"]
             for block, task in request.blocks.items()
-            if _answers(task)
+            if not block.streams and _answers(task)
         )
         or any(
             _left_open(request, held) for held in request.leases.values() if isinstance(held, Lease)
@@ -205,7 +205,8 @@ def _left_open(request: RequestScope, held: Lease) -> bool:
     # The turn is held: by a block of a task that answers, or by a task that is busy, such as the
     # producer of an event stream, which begins before its response does.
     return not held.turn.held or any(
-        block.root is held for block, task in request.blocks.items() if _answers(task)
+        block.root is held and not block.streams and _answers(task)
+        for block, task in request.blocks.items()
     )
 
 

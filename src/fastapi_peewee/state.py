@@ -13,7 +13,7 @@ from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
-from inspect import CO_GENERATOR
+from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from sys import _getframe
 from types import FrameType
 from typing import Any, NoReturn
@@ -54,6 +54,7 @@ __all__ = [
     "_transaction",
     "allow_sync",
     "called_by_peewee",
+    "called_by_stream",
     "called_by_suspended",
     "caller",
     "closed_state",
@@ -550,6 +551,20 @@ def called_by_suspended() -> str | None:
             below = frame
         frame = frame.f_back
     return None
+
+
+def called_by_stream() -> bool:
+    """Whether this is called by an async generator that is sent, and so not by a dependency."""
+    below, frame = _getframe(0), _getframe(1)
+    while frame.f_back is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name.startswith(("starlette.", "fastapi.")):
+            is_generator = bool(below.f_code.co_flags & CO_ASYNC_GENERATOR)
+            return is_generator and name in ("starlette.responses", "fastapi.routing")
+        if name != "contextlib":
+            below = frame
+        frame = frame.f_back
+    return False
 
 
 def called_by_peewee() -> bool:
