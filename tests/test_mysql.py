@@ -123,6 +123,19 @@ async def test_a_connection_whose_rows_are_on_their_way_is_open(db: MySQLDatabas
     assert await db.run(read) == [(7,), (8,)]
 
 
+async def test_a_connection_that_connects_anew_has_no_limit_left(mysql_url: str) -> None:
+    """Who connects PyMySQL's object anew doesn't bring back the limit for connecting."""
+    async with connected(mysql_url, connect_timeout=0.5) as db:
+
+        def work() -> Any:
+            conn = db.connection()
+            conn.close()
+            conn.connect()
+            return db.execute_sql("SELECT SLEEP(0.7)").fetchone()
+
+        assert await db.run(work) == (0,)
+
+
 async def test_a_transaction_ends_with_its_connection(db: MySQLDatabase) -> None:
     """Who can't be asked whether it is still open has it no more."""
 

@@ -468,6 +468,16 @@ async def test_a_server_that_falls_silent_as_a_session_is_set_up(
         await back_to_rest(db)
 
 
+async def test_a_slow_wire_has_no_more_time_to_connect(wire: Proxy) -> None:
+    """`connect_timeout` is for all steps together, each of which would have been in time."""
+    wire.latency = 0.15  # in either direction
+    async with connected(wire.url, connect_timeout=0.5, statement_timeout=LONG) as db:
+        before = time.monotonic()
+        with pytest.raises(DatabaseUnavailable):
+            await db.aexecute_sql("SELECT 1")
+        assert time.monotonic() - before < 1
+
+
 async def test_a_session_that_stands_still(own_server: Server, own_database: str) -> None:
     """A statement whose session is frozen at the server fails when its time is over."""
     with Proxy(own_database) as wire:

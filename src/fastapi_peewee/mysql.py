@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -40,6 +41,46 @@ def _unbuffered_cursor() -> type[Any]:
     return UnbufferedCursor
 
 
+@functools.cache
+def _connection_class() -> type[Any]:
+    """PyMySQL's connection, except that `connect_timeout` is for all that has to be said and read
+    until it is `lifted`: PyMySQL has it for the socket, and each answer may take its time.
+    """
+    from pymysql.connections import Connection
+
+    base: Any = Connection
+
+    class TimedConnection(base):
+        _read_timeout: float | None
+        _write_timeout: float | None
+        _deadline: float | None = math.inf
+
+        def connect(self, sock: Any = None) -> None:
+            if self._deadline is not None:  # or else somebody connects it anew
+                self._deadline = time.monotonic() + self.connect_timeout
+            super().connect(sock)
+
+        def _request_authentication(self) -> None:
+            self._hurry()
+            super()._request_authentication()
+
+        def _execute_command(self, *args: Any) -> None:
+            self._hurry()
+            super()._execute_command(*args)
+
+        def _hurry(self) -> None:
+            if self._deadline is not None:
+                left = max(self._deadline - time.monotonic(), 0.001)
+                self._read_timeout = self._write_timeout = left
+
+        def lift(self, read_timeout: float | None, write_timeout: float | None) -> None:
+            """From now on these hold, for each reading and writing."""
+            self._deadline = None
+            self._read_timeout, self._write_timeout = read_timeout, write_timeout
+
+    return TimedConnection
+
+
 class MySQLDatabase(Database, peewee.MySQLDatabase):
     """MySQL and MariaDB through PyMySQL."""
 
@@ -48,20 +89,18 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         super().init(database, **kwargs)
 
     def _connect(self, limit: float = math.inf) -> Any:
-        """A connection whose reads and writes have this limit, too, until it is lifted."""
-        import pymysql
-
+        """A connection for which this limit holds, whatever is done with it, until it is lifted."""
         seconds = min(limit, self.connect_timeout)
         # PyMySQL's limit for connecting is for the socket only. A server may say nothing then: what
         # is read has a limit of its own, and a handshake of TLS that of what was written before it.
         limits = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
         params = {**self.connect_params, **limits}
-        return pymysql.connect(database=self.database, autocommit=True, **params)
+        return _connection_class()(database=self.database, autocommit=True, **params)
 
     def open_connection(self, limit: float = math.inf) -> Any:
         conn = super().open_connection(limit)
-        conn._read_timeout = self.connect_params.get("read_timeout")
-        conn._write_timeout = self.connect_params.get("write_timeout")
+        given = self.connect_params
+        conn.lift(given.get("read_timeout"), given.get("write_timeout"))
         return conn
 
     @contextmanager
