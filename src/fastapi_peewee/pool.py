@@ -306,14 +306,18 @@ class Pool:
             if not self._is_doubtful(held):
                 self._lend(held, lease)
                 return
-            # If this one is silent, half of the time is left for another, or for a new one: only
-            # this connection may have been forgotten on its way, as by a firewall.
+            # If this one is silent, half of the time is left for a new one: only the connections
+            # may have been forgotten on their way, as by a firewall, and so the others, too.
             begun = self._clock()
             if self._is_alive(held, left / 2):
                 self._lend(held, lease)
                 return
-            left -= min(self._clock() - begun, left / 2)
+            asked = min(self._clock() - begun, left / 2)
+            silent = asked == left / 2
+            left -= asked
             self._discard(held)
+            if silent:
+                break
         self._lend(self._open(left), lease)
 
     def _is_doubtful(self, held: _Held) -> bool:
