@@ -243,6 +243,31 @@ def test_blocks_end_as_they_began_when_the_connection_is_lost(
         User.create(name="cid")
 
 
+@SERVERS
+@pytest.mark.parametrize("method", ["commit", "rollback"])
+def test_a_connection_lost_half_way_hides_no_error(
+    db: Database, wire: Proxy, seen: Seen, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that leaves the block gets out, also if the connection was a thread's own."""
+    before = getattr(db, method)
+
+    def and_is_lost() -> None:
+        before()
+        wire.cut()
+
+    with oops_gets_out(), db.atomic() as transaction:
+        User.create(name="ann")
+        with monkeypatch.context() as patch, lost():
+            patch.setattr(db, method, and_is_lost)
+            getattr(transaction, method)()
+        with aborted():
+            User.create(name="bob")
+        raise Oops
+    assert seen() == (["ann"] if method == "commit" else [])
+    with db.atomic():
+        User.create(name="cid")
+
+
 # What the database says.
 
 
@@ -402,6 +427,107 @@ async def test_what_sqlite_has_rolled_back_itself_is_over(mode: Mode, seen: Seen
             await mode.do(User.create, name="bob")
     assert kind_of(failure.value) == "full"
     assert seen() == []
+
+
+@on("postgres")
+@in_each_mode
+async def test_a_commit_that_fails_half_way_ends_the_block(mode: Mode, seen: Seen) -> None:
+    """PostgreSQL has rolled back: what follows would be stored whatever becomes of the block."""
+
+    def commit() -> None:
+        mode.db.execute_sql(
+            'CREATE TABLE child (parent int REFERENCES "user" DEFERRABLE INITIALLY DEFERRED)'
+        )
+        mode.db.execute_sql("INSERT INTO child VALUES (7)")
+        with pytest.raises(peewee.IntegrityError):
+            mode.db.top_transaction().commit()
+        with aborted():
+            User.create(name="ann")
+
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            await mode.do(commit)
+    assert isinstance(failure.value.__cause__, peewee.IntegrityError)
+    assert seen() == []
+
+
+@on("sqlite")
+@in_each_mode
+async def test_a_commit_that_sqlite_refuses_half_way_may_be_tried_again(
+    mode: Mode, seen: Seen
+) -> None:
+    """There the transaction is still open."""
+
+    def commit() -> None:
+        mode.db.execute_sql("PRAGMA defer_foreign_keys = 1")
+        note = Note.create(user=7)
+        with pytest.raises(peewee.IntegrityError):
+            mode.db.top_transaction().commit()
+        note.delete_instance()
+        User.create(name="ann")
+        mode.db.top_transaction().commit()
+        User.create(name="bob")
+
+    with oops_gets_out():
+        async with mode.block(mode.db.atomic()):
+            await mode.do(commit)
+            raise Oops
+    assert seen() == ["ann"]
+
+
+@on("sqlite")
+@in_each_mode
+@pytest.mark.parametrize("method", ["commit", "rollback"])
+async def test_a_transaction_that_is_over_stays_over_whatever_is_called(
+    mode: Mode, seen: Seen, method: str
+) -> None:
+    """Neither a COMMIT nor a ROLLBACK that fails makes a new one of what follows."""
+
+    def end() -> None:
+        User.create(name="ann")
+        with pytest.raises(peewee.IntegrityError):
+            mode.db.execute_sql("INSERT OR ROLLBACK INTO user (name) VALUES ('ann')")
+        with pytest.raises(peewee.OperationalError):
+            getattr(mode.db.top_transaction(), method)()
+        with aborted():
+            User.create(name="bob")
+
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            await mode.do(end)
+    assert isinstance(failure.value.__cause__, peewee.IntegrityError)
+    assert seen() == []
+
+
+@on("sqlite")
+@in_each_mode
+@pytest.mark.parametrize("method", ["commit", "rollback"])
+async def test_a_transaction_that_cannot_begin_half_way_ends_the_block(
+    mode: Mode, seen: Seen, observer: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has begun to write in between: what follows isn't stored on its own."""
+
+    def end() -> None:
+        User.create(name="ann")
+        mode.db.execute_sql("PRAGMA busy_timeout = 0")
+        before = getattr(mode.db, method)
+
+        def and_another_begins() -> None:
+            before()
+            observer.execute_sql("BEGIN IMMEDIATE")
+
+        with monkeypatch.context() as patch, pytest.raises(peewee.OperationalError):
+            patch.setattr(mode.db, method, and_another_begins)
+            getattr(mode.db.top_transaction(), method)()
+        observer.execute_sql("ROLLBACK")
+        with aborted():
+            User.create(name="bob")
+
+    with aborted() as failure:
+        async with mode.block(mode.db.atomic()):
+            await mode.do(end)
+    assert kind_of(failure.value) == "busy"
+    assert seen() == (["ann"] if method == "commit" else [])
 
 
 def test_a_transaction_begun_by_hand_is_the_users(sqlite_url: str) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -254,21 +254,47 @@ class _SafeTransaction(_transaction):
     committed = False  # in the middle of the block, by `txn.commit()`
     streams = False  # entered by a sync generator that is sent, not by a dependency
 
-    def _begin(self) -> None:
+    def __enter__(self) -> Any:
         try:
-            super()._begin()
+            return super().__enter__()
         except BaseException:
             self.db.close_if_dead()  # else the thread would keep a dead connection for ever
             raise
+
+    def _begin(self) -> None:
+        super()._begin()
         self.db.pool.transaction(self.db._state.lease(), begun=True)
 
     def commit(self, begin: bool = True) -> None:
-        # Asked for before: in between a request that was cancelled may end, and its state with it.
-        callbacks = self.db._state.commit_callbacks
-        self.db.commit()
-        self.db._run_commit_callbacks(callbacks)
-        if begin:
-            self._begin()
+        with self._midway() if begin else nullcontext():
+            # Asked for before: in between a request that was cancelled may end, and its state
+            # with it.
+            callbacks = self.db._state.commit_callbacks
+            self.db.commit()
+            self.db._run_commit_callbacks(callbacks)
+            if begin:
+                self._begin()
+
+    def rollback(self, begin: bool = True) -> None:
+        with self._midway() if begin else nullcontext():
+            super().rollback(begin)
+
+    @contextmanager
+    def _midway(self) -> Iterator[None]:
+        """Around what ends a transaction in the middle of the block and begins another one.
+
+        If that fails and none is open, the rest of the block would be statements of their own.
+        """
+        state = self.db._state.cell()
+        aborted = state.get("aborted")
+        try:
+            yield
+        except BaseException as error:
+            if aborted is not None:
+                state["aborted"] = aborted
+            elif state["conn"] is None or not self.db.is_in_transaction(state["conn"]):
+                state["aborted"] = error
+            raise
 
     def __exit__(
         self,

@@ -113,6 +113,10 @@ class Outcomes(peewee.Database):
         """
         return False
 
+    def is_in_transaction(self, conn: Any) -> bool:
+        """Whether a transaction is open when a COMMIT, ROLLBACK or BEGIN has failed."""
+        return False
+
     def transient(self, error: BaseException | None) -> bool:
         """Whether a transaction failed only since others ran beside it: it may succeed anew."""
         raise NotImplementedError

@@ -237,6 +237,12 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
 
         return bool(conn.pgconn.transaction_status == TransactionStatus.INERROR)
 
+    def is_in_transaction(self, conn: Any) -> bool:
+        from psycopg.pq import TransactionStatus
+
+        status = conn.pgconn.transaction_status
+        return status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+
     def is_alive(self, conn: Any, limit: float) -> bool:
         try:
             return ask(conn.pgconn, b"SELECT 1", limit) is not None

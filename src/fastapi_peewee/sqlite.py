@@ -337,6 +337,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
     def ended(self, conn: Any, error: Exception) -> bool:
         return not conn.in_transaction  # the disk is full, or can't be read
 
+    def is_in_transaction(self, conn: Any) -> bool:
+        return bool(conn.in_transaction)  # COMMIT may be tried again
+
     def transient(self, error: BaseException | None) -> bool:
         code = getattr(cause_of(error), "sqlite_errorcode", 0)
         return bool(code & 0xFF == sqlite3.SQLITE_BUSY)

@@ -398,7 +398,8 @@ class PeeweeConnectionState(_ConnectionState):
             raise NoLease
         super().reset()
 
-    def _cell(self) -> dict[str, Any]:
+    def cell(self) -> dict[str, Any]:
+        """What Peewee's state is kept in here, which stays the same if the lease ends meanwhile."""
         bound = self._state.get()
         if bound is None:
             request = RequestScope.current.get()
@@ -423,18 +424,18 @@ class PeeweeConnectionState(_ConnectionState):
     def __getattr__(self, name: str) -> Any:
         # Called for names that aren't found otherwise: of Peewee's state, all but `conn`.
         try:
-            return self._cell()[name]
+            return self.cell()[name]
         except KeyError:
             raise AttributeError(f"Peewee's connection state has no attribute {name!r}.") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._cell()[name] = value
+        self.cell()[name] = value
 
     @property
     def conn(self) -> Any:
         """The connection, for use: hence the guard."""
         self.guard()
-        return self._cell()["conn"]
+        return self.cell()["conn"]
 
 
 @contextmanager
