@@ -1,6 +1,7 @@
 """What Peewee says of `after_commit` holds, and what this library adds to it."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,53 @@ async def test_an_after_commit_callback_may_query(mode: Mode, seen: Seen) -> Non
         mode.db.after_commit(follow_up)
 
     assert seen() == ["ann", "bob", "cid"]
+
+
+@in_each_mode
+async def test_a_callback_in_the_middle_of_a_block_is_outside_of_its_transactions(
+    mode: Mode, seen: Seen, calls: list[str]
+) -> None:
+    """What it does after `txn.commit()` is stored, whatever becomes of the rest of the block."""
+
+    def follow_up() -> None:
+        assert not mode.db.in_transaction()
+        with mode.db.atomic():
+            User.create(name="bob")
+            mode.db.after_commit(lambda: User.create(name="cid"))
+
+    with oops_gets_out():
+        async with mode.block(mode.db.atomic()) as txn:
+            await mode.do(User.create, name="ann")
+            mode.db.after_commit(follow_up)
+            await mode.do(txn.commit)
+            mode.db.after_commit(note(calls, "rolled back"))
+            await mode.do(User.create, name="dan")
+            raise Oops
+
+    assert seen() == ["ann", "bob", "cid"]
+    assert calls == []
+
+
+async def test_a_task_of_the_block_keeps_its_callbacks_while_anothers_run(
+    db: Database, calls: list[str]
+) -> None:
+    """A task of the block is in its transactions, also between two of them."""
+    called, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        loop.call_soon_threadsafe(called.set)
+        assert go_on.wait(10)
+
+    async with db.atomic() as txn:
+        db.after_commit(wait)
+        committing = asyncio.create_task(txn.acommit())
+        await called.wait()
+        db.after_commit(note(calls, "second"))
+        go_on.set()
+        await committing
+        assert calls == []
+    assert calls == ["second"]
 
 
 @in_each_mode

@@ -269,9 +269,11 @@ class _SafeTransaction(_transaction):
         with self._midway() if begin else nullcontext():
             # Asked for before: in between a request that was cancelled may end, and its state
             # with it.
+            state = self.db._state.cell()
             callbacks = self.db._state.commit_callbacks
             self.db.commit()
-            self.db._run_commit_callbacks(callbacks)
+            with _between(state):
+                self.db._run_commit_callbacks(callbacks)
             if begin:
                 self._begin()
 
@@ -324,6 +326,17 @@ class _SafeTransaction(_transaction):
             # the disk is full). Nothing was committed; the error to report is the first one.
             logger.debug("ROLLBACK failed.", exc_info=True)
             self.db.close_if_dead()
+
+
+@contextmanager
+def _between(state: dict[str, Any]) -> Iterator[None]:
+    """Have a block that is still to be entered begin a transaction, as there is none meanwhile."""
+    blocks, between = state["transactions"], state.get("between", [])
+    state["transactions"], state["between"] = [], blocks or between
+    try:
+        yield
+    finally:
+        state["transactions"], state["between"] = blocks, between
 
 
 class CommitCallback(NamedTuple):

@@ -282,7 +282,9 @@ class Database(AsyncNames, Reads):
                 lease.root.follow_ups.append(fn)
                 return fn
         if self._is_in_transaction(lease):
-            super().after_commit(CommitCallback(fn, lease))
+            if isinstance(self.top_transaction(), Manual):
+                raise ValueError("after_commit() cannot be used with `manual_commit()`.")
+            self._state.commit_callbacks.append(CommitCallback(fn, lease))
         else:
             fn()
         return fn
@@ -292,7 +294,9 @@ class Database(AsyncNames, Reads):
 
         The one that is open may be another task's, which shares the connection of the request.
         """
-        outermost = next(iter(self._state.transactions), None)
+        # Another task's callbacks may run in the middle of a block, which is this one's as well.
+        blocks = self._state.transactions or getattr(self._state, "between", ())
+        outermost = next(iter(blocks), None)
         if isinstance(outermost, Transaction):
             return outermost.covers(lease)
         return outermost is not None

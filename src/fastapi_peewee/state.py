@@ -94,6 +94,7 @@ def closed_state() -> dict[str, Any]:
         "ctx": [],
         "transactions": [],
         "commit_callbacks": [],
+        "between": [],
         "aborted": None,
         "writing": None,
     }
