@@ -311,7 +311,7 @@ class Database(AsyncNames, Reads):
                 continue
             try:
                 callback()
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # a thread is never cancelled itself
                 logger.exception("An after_commit callback failed; its transaction is committed.")
 
     # Connections outside of leases: one a thread, as Peewee has it.
