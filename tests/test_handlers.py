@@ -310,6 +310,25 @@ async def test_a_mistake_of_the_program_stays_an_error(
     assert db.pool_stats.in_use == 0
 
 
+async def test_more_parameters_than_a_statement_may_have(postgres_url: str) -> None:
+    """PostgreSQL's driver refuses them: a mistake of the program, which no repetition mends."""
+    async with connected(postgres_url) as db:
+
+        class Team(db.Model):
+            name = peewee.CharField()
+
+        await db.acreate_tables([Team])
+        app = make_app(db)
+
+        @app.get("/")
+        def endpoint() -> None:
+            Team.insert_many([{"name": "Red"}] * 65536).execute()
+
+        async with client(app) as http:
+            assert (await http.get("/")).status_code == 500
+        assert db.pool_stats.discarded == 0
+
+
 # The database is away, or busy.
 
 

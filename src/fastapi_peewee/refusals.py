@@ -76,6 +76,9 @@ _MYSQL: dict[int, Kind] = {
 #: SQLite reports a reference that is restricted (ON DELETE RESTRICT) as what a trigger raised.
 _SQLITE_TRIGGER, _SQLITE_RESTRICTED = 1811, "FOREIGN KEY constraint failed"
 
+#: As many as libpq sends with one statement.
+_MOST_PARAMETERS = 65535
+
 
 def kind_of(error: Exception) -> Kind | None:
     """What happened, in a word; None if it is a mistake of the program."""
@@ -103,6 +106,8 @@ def kind_of(error: Exception) -> Kind | None:
     if isinstance(error, peewee.DataError):  # the driver's own refusal: NUL, an integer too large
         return "data"
     if hasattr(cause, "pgconn") and isinstance(error, peewee.OperationalError):
+        if len(_Statement.of(error).params) > _MOST_PARAMETERS:
+            return None  # nothing was sent
         return "unavailable"  # libpq reports a lost connection without a state
     return None
 
