@@ -465,28 +465,50 @@ async def test_what_a_socket_does_not_take_at_once(db: Database, note: Any) -> N
     conn.watch.end()
 
 
+class Broken:
+    """libpq's connection, of which nothing can be sent but the first parts."""
+
+    def __init__(self, pgconn: Any, parts: int) -> None:
+        self.pgconn = pgconn
+        self.flushes = iter([1] * parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pgconn, name)
+
+    def flush(self) -> int:
+        for left in self.flushes:
+            return left
+        raise psycopg.OperationalError("broken")
+
+
+async def test_cancelled_while_a_statement_is_sent(db: Database, note: Any) -> None:
+    """A task that is cancelled before all of its statement is sent waits for no answer: none would
+    come."""
+    await db.run(note.select().count)
+    before = db.pool_stats
+    large = db.aexecute_compiled("SELECT length(%s)::text", ["x" * 20_000_000])
+    task = asyncio.create_task(large)
+    await asyncio.sleep(0)  # the socket takes less than that
+    begun = time.monotonic()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert time.monotonic() - begun < db.cancel_timeout / 2
+    await back_to_rest(db)
+    assert db.pool_stats.discarded == before.discarded + 1
+
+    conn = await connection_of(db)
+    broken: Any = SimpleNamespace(closed=False, pgconn=Broken(conn.pgconn, 0))
+    assert not db._was_sent(broken)
+    conn.close()
+
+
 async def test_a_connection_that_breaks_while_a_statement_is_sent(
     db: Database, note: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes wrong while the rest of a statement is sent is the statement's error."""
-
-    class Broken:
-        """libpq's connection, of which nothing can be sent but the first part."""
-
-        def __init__(self, pgconn: Any) -> None:
-            self.pgconn = pgconn
-            self.flushes = iter([1])
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.pgconn, name)
-
-        def flush(self) -> int:
-            for left in self.flushes:
-                return left
-            raise psycopg.OperationalError("broken")
-
     conn = await connection_of(db)
-    monkeypatch.setattr(Watch.of(conn), "_pgconn", Broken(conn.pgconn))
+    monkeypatch.setattr(Watch.of(conn), "_pgconn", Broken(conn.pgconn, 1))
     with pytest.raises(psycopg.OperationalError, match="broken"):
         await Statements(conn).arun("SELECT pg_sleep(1)", [])
     conn.close()

@@ -150,7 +150,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
             except Unwatchable:
                 return None
             except BaseException as error:
-                if isinstance(error, asyncio.CancelledError) and self.is_open(conn):
+                if isinstance(error, asyncio.CancelledError) and self._was_sent(conn):
                     # What is cancelled is over when the caller learns of it, as in a thread; the
                     # server would work on, and have more sessions than the pool has connections. No
                     # task awaits that: whoever cancels all tasks would cancel it, too.
@@ -164,6 +164,15 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
     async def _connect_in_thread(self, lease: Lease) -> None:
         """Connect a lease that its task goes on with: a call would wait in the queue once more."""
         await result_of(Call(self.pool, self._state, lease, lambda: None, lambda _: None))
+
+    def _was_sent(self, conn: Any) -> bool:
+        """Whether the server has the whole of a statement. Of a part it does nothing, and so would
+        not answer, either.
+        """
+        try:
+            return self.is_open(conn) and not conn.pgconn.flush()
+        except Exception:  # the connection is lost
+            return False
 
     def _end_statement(self, conn: Any) -> None:
         self.interrupt(conn)
