@@ -4,14 +4,16 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import peewee
 import pymysql
 import pytest
 
-from fastapi_peewee import DatabaseUnavailable, connect
+from fastapi_peewee import DatabaseUnavailable, OutcomeUnknown, TransactionAborted, connect
 from fastapi_peewee.mysql import MySQLDatabase
+from soak.proxy import Proxy
 from tests.apps import back_to_rest, client, connected, make_app
 
 #: With what a server greets that has TLS to offer: `CLIENT_SSL` is among its capabilities.
@@ -150,3 +152,63 @@ async def test_a_transaction_ends_with_its_connection(db: MySQLDatabase) -> None
         return [*found, db.ended(conn, error), db.ended(conn, peewee.DataError())]
 
     assert await db.run(deadlocked) == [False, True, True, False]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_what_is_larger_than_the_server_takes(db: MySQLDatabase, times: int) -> None:
+    """A value that the server doesn't read to its end is refused, 422, and nothing is unknown."""
+
+    class Note(db.Model):
+        text = peewee.TextField()
+
+    await db.acreate_tables([Note])
+    ((limit,),) = await db.aexecute_sql("SELECT @@max_allowed_packet")
+    text = "x" * (times * limit)
+    app = make_app(db)
+
+    @app.post("/def")
+    def write() -> None:
+        Note.create(text=text)
+
+    @app.post("/async")
+    async def awrite() -> None:
+        await Note.acreate(text=text)
+
+    @app.post("/block")
+    async def write_in_a_block() -> None:
+        async with db.atomic():
+            await Note.acreate(text="x")
+            await Note.acreate(text=text)
+
+    @app.post("/on")
+    async def go_on() -> None:
+        async with db.atomic():
+            with suppress(peewee.OperationalError):
+                await Note.acreate(text=text)
+            with pytest.raises(TransactionAborted):
+                await Note.acreate(text="x")
+
+    async with client(app) as http:
+        for path in ("/def", "/async", "/block"):
+            response = await http.post(path)
+            assert (response.status_code, response.json()["detail"][0]["type"]) == (422, "data")
+            assert await db.run(Note.select().count) == 0  # on another connection
+        assert (await http.post("/on")).status_code == 500
+    await back_to_rest(db)
+
+
+async def test_a_statement_that_is_cut_while_it_is_sent(mysql_url: str) -> None:
+    """What the server hasn't read to its end it hasn't done: nothing is unknown."""
+    with Proxy(mysql_url) as wire:
+        async with connected(wire.url) as db:
+
+            class Note(db.Model):
+                text = peewee.TextField()
+
+            await db.acreate_tables([Note])
+            wire.cut_before = b"INSERT"
+            with pytest.raises(peewee.OperationalError) as failure:
+                await Note.acreate(text="x" * 15_000_000)
+            assert not isinstance(failure.value, OutcomeUnknown)
+            wire.heal()
+            assert await db.run(Note.select().count) == 0

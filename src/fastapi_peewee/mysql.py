@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import peewee
@@ -18,7 +18,11 @@ from .state import Lease, translate_driver_errors
 _TRANSIENT = (1205, 1213, 1020)
 
 #: Errors with which the server, or PyMySQL in its place, ends a connection.
-_FAREWELLS = (0, 1053, 1927, 2006, 2013, 2055)
+_FAREWELLS = (0, 1053, 1927, 2013, 2055)
+
+#: Errors of a statement that the server has not read to its end, and so not begun: larger than
+#: `max_allowed_packet`, and, PyMySQL's own, one that couldn't be sent. They end the connection.
+_UNREAD = (1153, 2006)
 
 #: Warnings: "cut by JSON_ARRAYAGG()", "larger than max_allowed_packet".
 _CUT = (1260, 1301)
@@ -47,10 +51,13 @@ def _connection_class() -> type[Any]:
     until it is `lifted`: PyMySQL has it for the socket, and each answer may take its time.
     """
     from pymysql.connections import Connection
+    from pymysql.err import OperationalError
+    from pymysql.protocol import MysqlPacket
 
     base: Any = Connection
 
     class TimedConnection(base):
+        _sock: Any
         _read_timeout: float | None
         _write_timeout: float | None
         _deadline: float | None = math.inf
@@ -72,6 +79,27 @@ def _connection_class() -> type[Any]:
             if self._deadline is not None:
                 left = max(self._deadline - time.monotonic(), 0.001)
                 self._read_timeout = self._write_timeout = left
+
+        def _write_bytes(self, data: bytes) -> None:
+            sock = self._sock
+            with sock.makefile("rb", 0) as answers:  # or `super()` would close all that can read
+                try:
+                    super()._write_bytes(data)
+                except OperationalError:
+                    # Why the server hung up it has said before, whatever number its packet has.
+                    with suppress(OSError, TypeError, IndexError):  # or it has said nothing
+                        sock.settimeout(0)
+                        length = int.from_bytes(answers.read(4)[:3], "little")
+                        MysqlPacket(answers.read(length), self.encoding).check_error()
+                    raise
+
+        def _read_query_result(self, unbuffered: bool = False) -> Any:
+            try:
+                return super()._read_query_result(unbuffered)
+            except OperationalError as error:
+                if error.args[0] in _UNREAD:
+                    self._force_close()  # the server does
+                raise
 
         def lift(self, read_timeout: float | None, write_timeout: float | None) -> None:
             """From now on these hold, for each reading and writing."""
@@ -195,11 +223,14 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         return not readable(conn._sock)
 
     def lost(self, conn: Any, error: Exception) -> bool:
-        return _mysql_code(error) in _FAREWELLS or not self.is_open(conn)
+        code = _mysql_code(error)
+        return code not in _UNREAD and (code in _FAREWELLS or not self.is_open(conn))
 
     def ended(self, conn: Any, error: Exception) -> bool:
         from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
 
+        if _mysql_code(error) in _UNREAD:
+            return True
         if not self.transient(error):
             return False
         try:
