@@ -1,5 +1,6 @@
 """Which field a database refused, told from its error: on each database, in its odd corners."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -605,3 +606,20 @@ async def test_a_value_like_a_message(postgres_url: str) -> None:
             with pytest.raises(peewee.IntegrityError, match="lowered") as failure:
                 await User.acreate(name=value.upper())
             assert refused_fields(failure.value, "unique") == []
+
+
+async def test_a_long_text_that_is_refused_is_answered_soon(postgres_url: str) -> None:
+    """To look for the field doesn't stop the event loop, however much was sent."""
+    async with connected(postgres_url) as db:
+
+        class Note(db.Model):
+            text = peewee.TextField()
+            number = peewee.SmallIntegerField()
+
+        await db.acreate_tables([Note])
+        text = "x" * 20_000_000
+        with pytest.raises(peewee.DataError) as failure:
+            await Note.acreate(text=text, number=2**20)
+        begun = time.monotonic()
+        assert refused_fields(failure.value, "data") == [Note.number]
+        assert time.monotonic() - begun < 0.5  # character by character, it's more than 1

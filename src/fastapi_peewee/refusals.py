@@ -408,6 +408,14 @@ def _names(constraint: Any) -> Iterator[str]:
 _BITS = {"SMALLINT": 16, "INT": 32, "AUTO": 32, "IDENT": 32, "BIGINT": 64, "BIGAUTO": 64}
 
 
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()  # to look at each character takes seconds for what is many megabytes long
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _fits(field: Any, value: Any, bits: int | None) -> bool:
     if isinstance(field, peewee.DecimalField) and isinstance(value, str | int | float | Decimal):
         try:
@@ -416,8 +424,7 @@ def _fits(field: Any, value: Any, bits: int | None) -> bool:
             return False
     if isinstance(value, str):
         limit = max_length(field)
-        encodable = not any("\ud800" <= character <= "\udfff" for character in value)
-        return encodable and "\0" not in value and (limit is None or len(value) <= limit)
+        return (limit is None or len(value) <= limit) and "\0" not in value and _encodable(value)
     if isinstance(value, int) and str(field.field_type) in _BITS:
         largest = 2 ** ((bits or _BITS[field.field_type]) - 1)
         return -largest <= value < largest
