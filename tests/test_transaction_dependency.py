@@ -622,6 +622,33 @@ async def test_a_block_cancelled_while_it_waits_for_a_child_is_undone(
     await back_to_rest(db)
 
 
+async def test_a_task_in_a_block_of_its_own_holds_no_response_back(db: Database, note: Any) -> None:
+    """What a task goes on with after the response is no transaction of a dependency's."""
+    app = make_app(db)
+    inside, go_on = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def write() -> None:
+        async with db.atomic():
+            await note.acreate(text="later")
+            inside.set()
+            await go_on.wait()
+
+    @app.post("/")
+    async def endpoint() -> str:
+        tasks.append(asyncio.create_task(write()))
+        await inside.wait()
+        return "accepted"
+
+    async with client(app) as http:
+        response = await http.post("/")
+    assert (response.status_code, response.json()) == (200, "accepted")
+    go_on.set()
+    await asyncio.gather(*tasks)
+    assert await db.count(note.select()) == 1
+    await back_to_rest(db)
+
+
 async def test_requests_cancelled_while_they_wait_leave_the_queue(sqlite_url: str) -> None:
     """A request cancelled while it waits for `get_db` is out, and its neighbour is served."""
     async with connected(sqlite_url, pool_size=1, timeout=30) as db:
