@@ -243,6 +243,7 @@ MUTANTS = [
         "a connection goes back with an answer on its way",
         (
             Edit("postgresql", "PostgresqlDatabase._on_the_loop", "conn.close()", "None"),
+            Edit("postgresql", "PostgresqlDatabase._on_the_loop", "self._was_sent(conn)", "False"),
             Edit(
                 "postgresql", "PostgresqlDatabase.clean", "status != TransactionStatus.IDLE", "()"
             ),
