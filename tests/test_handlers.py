@@ -329,6 +329,55 @@ async def test_more_parameters_than_a_statement_may_have(postgres_url: str) -> N
         assert db.pool_stats.discarded == 0
 
 
+async def test_one_error_of_a_group_is_answered(db: Database, models: Models) -> None:
+    """What is let out of a `TaskGroup`'s errors is answered as if it had come alone."""
+    app = make_app(db)
+
+    @app.post("/{caught}")
+    async def endpoint(caught: bool) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(2):
+                    group.create_task(models.team.acreate(name="of two"))
+        except* peewee.DatabaseError as failed:
+            if not caught:
+                raise
+            raise failed.exceptions[0]  # noqa: B904  # it has a cause, which is the driver's error
+
+    async with client(app) as http:
+        assert (await http.post("/true")).status_code == 409
+        assert (await http.post("/false")).status_code == 500
+    assert db.pool_stats.in_use == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_handler_of_everything_may_use_the_database(
+    db: Database, models: Models, asynchronous: bool
+) -> None:
+    """It stands outside of the request: a sync one says for how long it wants a connection."""
+    app = make_app(db)
+
+    def sync_handler(request: Request, error: Exception) -> Response:
+        with db.connection_context():
+            return PlainTextResponse(str(models.team.select().count()), 500)
+
+    async def handler(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(str(await db.count(models.team.select())), 500)
+
+    app.add_exception_handler(Exception, handler if asynchronous else sync_handler)
+
+    @app.get("/")
+    def broken() -> None:
+        raise ValueError
+
+    teams = await db.count(models.team.select())
+    async with client(app) as http:
+        for _ in range(3):
+            assert (await http.get("/")).text == str(teams)
+    stats = db.pool_stats
+    assert (stats.in_use, stats.idle) == (0, 1)
+
+
 # The database is away, or busy.
 
 

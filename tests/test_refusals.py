@@ -620,6 +620,6 @@ async def test_a_long_text_that_is_refused_is_answered_soon(postgres_url: str) -
         text = "x" * 20_000_000
         with pytest.raises(peewee.DataError) as failure:
             await Note.acreate(text=text, number=2**20)
-        begun = time.monotonic()
+        begun = time.thread_time()
         assert refused_fields(failure.value, "data") == [Note.number]
-        assert time.monotonic() - begun < 0.5  # character by character, it's more than 1
+        assert time.thread_time() - begun < 0.5  # character by character, it's more than 1

@@ -331,7 +331,7 @@ class _SafeTransaction(_transaction):
 @contextmanager
 def _between(state: dict[str, Any]) -> Iterator[None]:
     """Have a block that is still to be entered begin a transaction, as there is none meanwhile."""
-    blocks, between = state["transactions"], state.get("between", [])
+    blocks, between = state["transactions"], state["between"]
     state["transactions"], state["between"] = [], blocks or between
     try:
         yield

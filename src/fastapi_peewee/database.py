@@ -295,7 +295,7 @@ class Database(AsyncNames, Reads):
         The one that is open may be another task's, which shares the connection of the request.
         """
         # Another task's callbacks may run in the middle of a block, which is this one's as well.
-        blocks = self._state.transactions or getattr(self._state, "between", ())
+        blocks = self._state.transactions or self._state.between
         outermost = next(iter(blocks), None)
         if isinstance(outermost, Transaction):
             return outermost.covers(lease)

@@ -24,6 +24,9 @@ _FAREWELLS = (0, 1053, 1927, 2013, 2055)
 #: `max_allowed_packet`, and, PyMySQL's own, one that couldn't be sent. They end the connection.
 _UNREAD = (1153, 2006)
 
+#: Bytes of a statement that the system takes at once: what a server says of it is read afterwards.
+_SURELY_SENT = 2**15
+
 #: Warnings: "cut by JSON_ARRAYAGG()", "larger than max_allowed_packet".
 _CUT = (1260, 1301)
 
@@ -71,20 +74,15 @@ def _connection_class() -> type[Any]:
             self._hurry()
             super()._request_authentication()
 
-        def _execute_command(self, *args: Any) -> None:
+        def _execute_command(self, command: int, sql: str | bytes) -> None:
             self._hurry()
-            super()._execute_command(*args)
-
-        def _hurry(self) -> None:
-            if self._deadline is not None:
-                left = max(self._deadline - time.monotonic(), 0.001)
-                self._read_timeout = self._write_timeout = left
-
-        def _write_bytes(self, data: bytes) -> None:
+            if len(sql) < _SURELY_SENT or not self._sock:
+                super()._execute_command(command, sql)
+                return
             sock = self._sock
             with sock.makefile("rb", 0) as answers:  # or `super()` would close all that can read
                 try:
-                    super()._write_bytes(data)
+                    super()._execute_command(command, sql)
                 except OperationalError:
                     # Why the server hung up it has said before, whatever number its packet has.
                     with suppress(OSError, TypeError, IndexError):  # or it has said nothing
@@ -92,6 +90,11 @@ def _connection_class() -> type[Any]:
                         length = int.from_bytes(answers.read(4)[:3], "little")
                         MysqlPacket(answers.read(length), self.encoding).check_error()
                     raise
+
+        def _hurry(self) -> None:
+            if self._deadline is not None:
+                left = max(self._deadline - time.monotonic(), 0.001)
+                self._read_timeout = self._write_timeout = left
 
         def _read_query_result(self, unbuffered: bool = False) -> Any:
             try:
@@ -119,10 +122,8 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
     def _connect(self, limit: float = math.inf) -> Any:
         """A connection for which this limit holds, whatever is done with it, until it is lifted."""
         seconds = min(limit, self.connect_timeout)
-        # PyMySQL's limit for connecting is for the socket only. A server may say nothing then: what
-        # is read has a limit of its own, and a handshake of TLS that of what was written before it.
-        limits = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), seconds)
-        params = {**self.connect_params, **limits}
+        # The server's greeting is read before we are asked for anything.
+        params = {**self.connect_params, "connect_timeout": seconds, "read_timeout": seconds}
         return _connection_class()(database=self.database, autocommit=True, **params)
 
     def open_connection(self, limit: float = math.inf) -> Any:
