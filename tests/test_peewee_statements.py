@@ -11,7 +11,7 @@ from typing import Any
 import peewee
 import pytest
 
-from fastapi_peewee import Database
+from fastapi_peewee import AsyncModel, Database
 from tests import modes
 from tests.modes import (
     Mode,
@@ -47,6 +47,36 @@ def test_execute_compiles_a_query(mode: Mode) -> None:
     assert db.rows_affected(db.execute(User.insert(name="ann"))) == 1
     cursor = db.execute(User.select(User.name))
     assert list(cursor.fetchall()) == [("ann",)]
+
+
+@in_each_mode
+async def test_json_that_is_changed_again_and_again(mode: Mode) -> None:
+    """What is read is what was written last, in whichever way, and of each row its own."""
+
+    class Document(AsyncModel):
+        data = peewee.JSONField(null=True)
+
+        class Meta:
+            database = mode.db
+
+    def save(key: int, value: Any) -> None:
+        document = Document.get_by_id(key)
+        document.data = value
+        document.save()
+
+    def update(key: int, value: Any) -> None:
+        Document.update(data=value).where(Document.id == key).execute()
+
+    def set_by_id(key: int, value: Any) -> None:
+        Document.set_by_id(key, {"data": value})
+
+    await mode.do(mode.db.create_tables, [Document])
+    for key in (1, 2):
+        await mode.do(Document.create, data={})
+        for write in (save, update, set_by_id):
+            for value in ({"n": 1}, ["a", None], None, {"n": 2}):
+                await mode.do(write, key, value)
+                assert (await mode.do(Document.get_by_id, key)).data == value
 
 
 @on("postgres")  # the others know numbers only, and MySQL those that it gave itself

@@ -1,6 +1,7 @@
 """SQL made once for each shape: what runs is, each time, what Peewee would have made."""
 
 import datetime
+import json
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -9,6 +10,7 @@ import peewee
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playhouse import sqlite_ext
 
 from fastapi_peewee import connect, sql_cache
 from fastapi_peewee.sql_cache import SqlCache
@@ -125,6 +127,50 @@ def test_a_value_that_its_field_makes_into_sql_is_left_to_peewee() -> None:
     assert cache.statement(quiet) is not None
     assert cache.statement(loud) is None
     assert cache.statement(quiet) is not None
+
+
+class Shown(peewee.TextField):
+    def to_value(self, value: Any) -> Any:
+        return peewee.fn.UPPER(value) if value == "loud" else super().to_value(value)
+
+
+CONVERTED_AT_ONCE: dict[str, Callable[[], peewee.Field]] = {
+    "json": peewee.JSONField,
+    "json of anything": lambda: peewee.JSONField(
+        dumps=lambda value: json.dumps(value, default=str)
+    ),
+    "json of the extension": sqlite_ext.JSONField,
+    "a field of the user's": Shown,
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED_AT_ONCE)
+def test_a_field_that_converts_as_the_sql_is_made_never_meets_a_tag(name: str) -> None:
+    """Whatever its UPDATEs and INSERTs come from, it is what Peewee makes of them."""
+
+    class Document(Base):
+        data = CONVERTED_AT_ONCE[name]()
+        note = peewee.TextField()
+
+    cache = SqlCache(SQLITE)
+    for value in ("quiet", "quieter", "loud", "quiet", "loud"):
+        for query in (
+            Document.update(data=value, note=value).where(Document.id == 1),
+            Document.insert(data=value, note=value),
+        ):
+            found = from_cache(cache, query)
+            assert found in (None, made_anew(SQLITE, query))
+
+
+@pytest.mark.parametrize("convert", ["{}!".format, lambda tag: tag.upper()], ids=["text", "error"])
+def test_a_statement_that_has_made_something_of_a_tag_is_not_remembered(
+    convert: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it fail, whatever Peewee and its fields come to do as the SQL is made."""
+    monkeypatch.setattr(peewee.Field, "to_value", lambda self, value: convert(value))
+    cache = SqlCache(SQLITE)
+    for name in "abc":
+        assert cache.statement(User.update(name=name)) is None
 
 
 VALUES: dict[Any, st.SearchStrategy[Any]] = {

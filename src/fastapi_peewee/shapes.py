@@ -222,6 +222,8 @@ def _walk_write(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any,
                 _walk_assigned(value, tokens, values, seen)
             elif isinstance(value, SQL_MAKERS):
                 raise Unknown
+            elif cls is peewee.ModelUpdate and type(field).to_value is not Field.to_value:
+                raise Unknown  # converted as the SQL is made, not when it is bound: JSON
             else:
                 _walk_value(value, tokens, values, seen)  # a list is one value, too
     for name in CHILDREN[cls]:

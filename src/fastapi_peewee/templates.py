@@ -233,7 +233,12 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
     except Unknown:
         return None
     options = database.get_context_options()
-    sql, slots = Recorder(**options).parse(tagged)
+    context = Recorder(**options) if shape.names else database.get_sql_context()
+    real_sql, real_parameters = context.parse(query)
+    try:
+        sql, slots = Recorder(**options).parse(tagged)
+    except Exception:
+        return None  # a field's own code has met a tag
     plan: list[tuple[int, Callable[[Any], Any] | None]] = []
     constants: list[Any] = []
     for slot in slots:
@@ -244,8 +249,10 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
             plan.append((index_of[slot.tag], slot.convert))
         else:
             return None
-    context = Recorder(**options) if shape.names else database.get_sql_context()
-    real_sql, real_parameters = context.parse(query)
     if sql != real_sql or len(slots) != len(real_parameters):
         return None  # a value has been made into SQL, by a converter
+    if query is shape.query and not index_of.keys() <= {
+        slot.tag for slot in slots if type(slot) is Slot
+    }:
+        return None  # a field's own code has made something of a tag
     return Template(sql, plan, constants, shape.values if shape.parameters else None)
