@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from fastapi_peewee import Database
+from fastapi_peewee.mysql import MySQLDatabase
+from fastapi_peewee.postgresql import PostgresqlDatabase
+from fastapi_peewee.sqlite import SqliteDatabase
 from tests import modes
 from tests.modes import Mode, Oops, Seen, User, in_each_mode, oops_gets_out
 
@@ -191,6 +194,43 @@ async def test_an_after_commit_callback_may_query(mode: Mode, seen: Seen) -> Non
     assert seen() == ["ann", "bob", "cid"]
 
 
+@pytest.mark.parametrize("retries", [0, 2])
+async def test_callbacks_are_carried_out_for_who_is_cancelled_meanwhile(
+    db: Database, seen: Seen, retries: int
+) -> None:
+    """Cancelling a call doesn't end the statements of its transaction's callbacks."""
+    loop, called, cancelled = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    brief = {
+        PostgresqlDatabase: "SELECT pg_sleep(0.3)",
+        MySQLDatabase: "SELECT SLEEP(0.3) FROM (SELECT 1 UNION SELECT 2) AS two",
+        SqliteDatabase: (
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000) "
+            "SELECT count(*) FROM n"
+        ),
+    }[type(db)]
+
+    def callback() -> None:
+        loop.call_soon_threadsafe(called.set)
+        assert cancelled.wait(10)
+        db.execute_sql(brief).fetchall()  # interrupts would come again and again
+        User.create(name="bob")
+
+    def code() -> None:
+        with db.atomic():
+            User.create(name="ann")
+            db.after_commit(callback)
+
+    options = {"retries": retries} if retries else {}
+    call = asyncio.create_task(db.run(code, **options))
+    await called.wait()
+    call.cancel()
+    await asyncio.sleep(0)  # the task learns of it
+    cancelled.set()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert seen() == ["ann", "bob"]
+
+
 @in_each_mode
 async def test_a_callback_in_the_middle_of_a_block_is_outside_of_its_transactions(
     mode: Mode, seen: Seen, calls: list[str]
@@ -292,6 +332,24 @@ def test_after_commit_refuses_coroutine_functions_where_nothing_awaits_them(db: 
 
     with db.atomic(), pytest.raises(ValueError, match="event loop"):
         db.after_commit(callback)
+    with pytest.raises(ValueError, match="event loop"):
+        db.after_commit(callback)
+
+
+def test_what_a_function_returns_where_nothing_awaits_it_is_logged(
+    db: Database, seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The transaction is committed, so that it can't be refused any more."""
+
+    async def notify() -> None: ...
+
+    coroutine = notify()
+    with db.atomic():
+        User.create(name="ann")
+        db.after_commit(lambda: coroutine)
+    coroutine.close()
+    assert seen() == ["ann"]
+    assert "needs an event loop" in caplog.text
 
 
 async def test_after_commit_awaits_coroutine_functions(db: Database, seen: Seen) -> None:
@@ -320,6 +378,58 @@ async def test_after_commit_awaits_coroutine_functions(db: Database, seen: Seen)
             db.after_commit(callback)
             raise Oops
     assert len(calls) == 2
+
+
+async def test_after_commit_awaits_what_a_function_returns(db: Database, calls: list[str]) -> None:
+    """A plain function may return something to await: `lambda: notify(user.id)`."""
+
+    async def notify(word: str) -> None:
+        calls.append(word)
+
+    def code() -> None:
+        with db.atomic():
+            db.after_commit(lambda: notify("thread"))
+        db.after_commit(lambda: notify("at once"))
+
+    async with db.atomic():
+        db.after_commit(lambda: notify("loop"))
+        assert calls == []
+    assert calls == ["loop"]
+    await db.run(code)
+    assert calls == ["loop", "thread", "at once"]
+
+
+async def test_after_commit_awaits_functions_outside_of_any_block(
+    db: Database, calls: list[str]
+) -> None:
+    """Without a transaction and a connection they run at once, in a task of their own."""
+
+    async def notify(word: str = "function") -> None:
+        calls.append(word)
+
+    before = asyncio.all_tasks()
+    db.after_commit(notify)
+    db.after_commit(lambda: notify("returned"))
+    await asyncio.wait(asyncio.all_tasks() - before)
+    assert sorted(calls) == ["function", "returned"]
+
+
+async def test_a_coroutine_function_may_register_another(db: Database, calls: list[str]) -> None:
+    """It runs after it."""
+
+    async def second() -> None:
+        calls.append("second")
+        done.set()
+
+    async def first() -> None:
+        calls.append("first")
+        db.after_commit(second)
+
+    done = asyncio.Event()
+    async with db.atomic():
+        db.after_commit(first)
+    await asyncio.wait_for(done.wait(), 10)
+    assert calls == ["first", "second"]
 
 
 @pytest.mark.parametrize("error", [Oops, asyncio.CancelledError])

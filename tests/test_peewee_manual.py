@@ -1,5 +1,7 @@
 """Peewee's transactions without a block, and with an isolation level, as it documents them."""
 
+import asyncio
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 
 from fastapi_peewee import Database
 from tests import modes
+from tests.apps import until
 from tests.modes import Mode, Oops, Seen, User, in_each_mode, on, oops_gets_out
 
 connected, db, mode, observer, seen = modes.fixtures
@@ -58,6 +61,51 @@ def test_manual_commit_and_atomic_exclude_each_other(mode: Mode, seen: Seen) -> 
         User.create(name="ann")
         with pytest.raises(ValueError, match="active"), db.manual_commit():
             pass
+    assert seen() == ["ann"]
+
+
+async def test_manual_commit_holds_the_turn(db: Database, seen: Seen) -> None:
+    """While a thread is in `manual_commit`, others that share its connection wait."""
+    calls: list[str] = []
+
+    def transfer() -> None:
+        with db.manual_commit():
+            db.begin()
+            User.create(name="ann")
+            lease = db._state.lease()
+            assert lease is not None
+            entered.set()
+            until(lambda: lease.turn.waiting == 2)
+            calls.append("transfer")
+            db.commit()
+
+    def query() -> None:
+        assert entered.wait(10)
+        calls.append(User.get().name)
+
+    def other() -> None:
+        assert entered.wait(10)
+        with db.manual_commit():
+            db.begin()
+            User.create(name="bob")
+            db.commit()
+        calls.append("other")
+
+    entered = threading.Event()
+    async with db.connection_context():
+        await asyncio.gather(*(asyncio.to_thread(fn) for fn in (transfer, query, other)))
+    assert calls[0] == "transfer"
+    assert sorted(calls[1:]) == ["ann", "other"]
+    assert seen() == ["ann", "bob"]
+
+
+async def test_manual_commit_on_an_event_loop(db: Database, seen: Seen) -> None:
+    """`async with` enters it, too; what is left open at its end is rolled back."""
+    async with db.manual_commit():
+        for name, end in (("ann", db.commit), ("bob", db.rollback), ("cid", lambda: None)):
+            await db.run(db.begin)
+            await User.acreate(name=name)
+            await db.run(end)
     assert seen() == ["ann"]
 
 

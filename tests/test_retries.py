@@ -547,6 +547,34 @@ async def test_with_a_connection_for_the_request_a_plain_route_is_retried(busy: 
     assert await busy.stored() == ["a"]
 
 
+async def test_a_function_inside_of_another_is_not_run_anew_for_who_is_cancelled(
+    busy: Busy,
+) -> None:
+    """Nor is there a further try in the thread of a call whose task was cancelled."""
+    loop, waiting, cancelled = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    slept: list[float] = []
+
+    def sleep(delay: float) -> None:
+        slept.append(delay)
+        loop.call_soon_threadsafe(waiting.set)
+        assert cancelled.wait(10)
+
+    with busy.until(-1):
+        busy.db.backoff = Backoff(sleep=sleep)
+        retried = busy.db.retry(wrapped(busy.write))
+        call = asyncio.create_task(busy.db.run(lambda: retried()))
+        await asyncio.wait_for(waiting.wait(), 30)
+        call.cancel()
+        await asyncio.sleep(0)  # the task learns of it
+        cancelled.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert len(slept) == 1
+    assert busy.db.pool_stats.in_use == 0
+    assert await busy.stored() == []
+
+
 async def test_who_is_cancelled_while_waiting_holds_nothing(busy: Busy) -> None:
     """`CancelledError` ends the wait, and there is no further try."""
     waiting = asyncio.Event()

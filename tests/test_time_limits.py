@@ -19,7 +19,15 @@ from soak.faults import sessions
 from soak.looking import plain_database
 from soak.proxy import Proxy
 from soak.servers import PostgresServer, Server, frozen
-from tests.apps import assert_unavailable, back_to_rest, client, connected, make_app, with_all_uses
+from tests.apps import (
+    assert_unavailable,
+    back_to_rest,
+    client,
+    connected,
+    make_app,
+    until,
+    with_all_uses,
+)
 from tests.faults import nothing_left as nothing_left
 from tests.faults import own_database as own_database
 from tests.faults import own_server as own_server
@@ -215,6 +223,30 @@ async def test_a_transaction_that_stays_open_is_rolled_back(
         async with db.atomic():
             await Note.acreate(text="c")
         assert await db.count(Note.select()) == 1
+
+
+async def test_so_is_one_that_is_begun_by_hand(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`transaction_timeout` holds for `db.begin()` as well: such a transaction isn't committed."""
+    async with connected(database_url, transaction_timeout=LIMIT, pool_size=1) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        def late(read_only: bool) -> None:
+            caplog.clear()
+            with db.manual_commit(), pytest.raises(peewee.DatabaseError):
+                db.begin(read_only=read_only)
+                if not read_only:
+                    Note.create(text="a")
+                until(lambda: "transaction_timeout" in caplog.text)
+                db.commit()
+
+        await db.acreate_tables([Note])
+        for read_only in (False, True):
+            await db.run(late, read_only)
+        assert await db.count(Note.select()) == 0
 
 
 async def test_a_rollback_is_not_interrupted(sqlite_url: str) -> None:

@@ -261,10 +261,6 @@ class _SafeTransaction(_transaction):
             self.db.close_if_dead()  # else the thread would keep a dead connection for ever
             raise
 
-    def _begin(self) -> None:
-        super()._begin()
-        self.db.pool.transaction(self.db._state.lease(), begun=True)
-
     def commit(self, begin: bool = True) -> None:
         with self._midway() if begin else nullcontext():
             # Asked for before: in between a request that was cancelled may end, and its state
@@ -419,26 +415,12 @@ class Savepoint(_Block, _MarkedSavepoint):
     """`db.savepoint()`."""
 
 
-class Manual(_manual):
+class Manual(_Block, _manual):
     """`db.manual_commit()`: nothing would keep it in a place that holds no connection."""
-
-    db: "Database"
 
     def __enter__(self) -> None:
         self.db._state.guard()
         super().__enter__()
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if self.db._state.homeless:  # the request is over, and what was open is rolled back
-            if exc_type is None:
-                raise LeaseEnded
-            return
-        super().__exit__(exc_type, exc, tb)
 
 
 class LeaseContext(_Block, ConnectionContext):

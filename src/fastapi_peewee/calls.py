@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context, copy_context
 from threading import get_ident
 from typing import Any
@@ -38,6 +38,7 @@ class Call:
 
     __slots__ = (
         "_begun",
+        "_certain",
         "_end",
         "_ended",
         "_error",
@@ -51,6 +52,7 @@ class Call:
         "_result",
         "_state",
         "_then",
+        "cancelled",
         "succeeded",
     )
 
@@ -76,7 +78,9 @@ class Call:
         # Who takes the token carries the call out, or has dropped it: the thread or the task.
         self._begun = deque((None,))
         self._guard = threading.Lock()
-        self._let_gone = False
+        self._let_gone = self._certain = False
+        #: The task that awaits it was cancelled.
+        self.cancelled = False
         # These two belong to the event loop.
         self._ended = False
         self._end: asyncio.Future[None] | None = None
@@ -124,6 +128,7 @@ class Call:
 
     def interrupt(self) -> None:
         """Have the statements that it still runs ended. It doesn't wait for that."""
+        self.cancelled = True
         with suppress(RuntimeError):  # no thread can be started: they are waited for
             threading.Thread(
                 target=self._interrupt, name="fastapi-peewee-interrupt", daemon=True
@@ -137,11 +142,22 @@ class Call:
                 if self._let_gone:
                     return
                 try:
-                    self._pool.interrupt(self._lease)
+                    if not self._certain:
+                        self._pool.interrupt(self._lease)
                 except Exception:
                     logger.debug("A statement could not be interrupted.", exc_info=True)
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
+
+    @contextmanager
+    def carried_out(self) -> Iterator[None]:
+        """Around what its thread does although the task was cancelled."""
+        with self._guard:
+            before, self._certain = self._certain, True
+        try:
+            yield
+        finally:
+            self._certain = before
 
     def _take(self) -> bool:
         try:
@@ -172,7 +188,7 @@ class Call:
     def _body(self) -> Any:
         lease = self._lease
         self._state.bind(lease)
-        lease.owner = get_ident()
+        lease.owner, lease.call = get_ident(), self
         self._pool.connect(lease.root)
         result = self._fn()
         if isinstance(result, CursorWrapper):
@@ -187,7 +203,7 @@ class Call:
     def _let_go(self) -> None:
         with self._guard:
             self._let_gone = True
-        self._lease.owner = None
+        self._lease.owner = self._lease.call = None
         try:
             self._release(self._lease)
         except Exception:
@@ -241,18 +257,19 @@ async def run_follow_ups(lease: Lease) -> None:
     if not pending:
         return
     todo, pending[:] = list(pending), []
+    await asyncio.shield(detached(await_callbacks(todo)))
 
-    async def run() -> None:
-        for callback in todo:
-            try:
-                await callback()
-            except (Exception, asyncio.CancelledError):
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                logger.exception("An after_commit callback failed; its transaction is committed.")
 
-    await asyncio.shield(detached(run()))
+async def await_callbacks(callbacks: list[Callable[[], Awaitable[Any]]]) -> None:
+    """Await `async` callbacks of a transaction, one after the other."""
+    for callback in callbacks:
+        try:
+            await callback()
+        except (Exception, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            logger.exception("An after_commit callback failed; its transaction is committed.")
 
 
 def detached(work: Coroutine[Any, Any, None]) -> asyncio.Future[None]:

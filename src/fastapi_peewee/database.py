@@ -11,8 +11,9 @@ import logging
 import math
 import re
 import threading
+from asyncio.events import _get_running_loop
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import get_ident
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
@@ -22,7 +23,7 @@ import peewee
 from . import single
 from .async_names import AsyncNames
 from .blocks import Atomic, CommitCallback, LeaseContext, Manual, Savepoint, Transaction
-from .calls import Call, result_of, run_follow_ups
+from .calls import Call, await_callbacks, detached, result_of, run_follow_ups
 from .exceptions import BlockingQuery, LeaseEnded
 from .pool import Pool, PoolStats
 from .reads import Reads
@@ -260,9 +261,11 @@ class Database(AsyncNames, Reads):
 
         Args:
             fn: takes no arguments. A plain function runs in the thread that has committed, an
-                `async` one after those, on the event loop. All of them run, each kind in the
+                `async` one, or what a plain one returns to be awaited (`lambda: notify(user.id)`),
+                after those, on the event loop. All of them run, each kind in the
                 order of registration; one that raises is logged and harms no other. Those
-                registered in a savepoint that is rolled back are dropped.
+                registered in a savepoint that is rolled back are dropped. Outside of any block an
+                `async` one runs in a task of its own, which nobody waits for.
 
         Raises:
             ValueError: `fn` is `async`, but no event loop awaits this code.
@@ -272,21 +275,17 @@ class Database(AsyncNames, Reads):
         request = RequestScope.current.get()
         if lease is None and request is not None and self._state in request.undone:
             raise LeaseEnded
-        if _is_async(fn):
-            if lease is None or lease.root.follow_ups is None:
-                raise ValueError(
-                    "An async after_commit callback needs an event loop to await it: use it in "
-                    "code that runs under `db.run(…)`, `async with db.atomic():` or a request."
-                )
-            if not self._is_in_transaction(lease):
-                lease.root.follow_ups.append(fn)
-                return fn
-        if self._is_in_transaction(lease):
-            if isinstance(self.top_transaction(), Manual):
-                raise ValueError("after_commit() cannot be used with `manual_commit()`.")
-            self._state.commit_callbacks.append(CommitCallback(fn, lease))
-        else:
-            fn()
+        if not self._is_in_transaction(lease):
+            if _is_async(fn):
+                _have_awaited(fn, lease)
+            elif inspect.isawaitable(result := fn()):
+                _have_awaited(lambda: result, lease)
+            return fn
+        if _is_async(fn) and (lease is None or lease.root.follow_ups is None):
+            raise ValueError(_NOBODY_AWAITS)
+        if isinstance(self.top_transaction(), Manual):
+            raise ValueError("after_commit() cannot be used with `manual_commit()`.")
+        self._state.commit_callbacks.append(CommitCallback(fn, lease))
         return fn
 
     def _is_in_transaction(self, lease: Lease | None) -> bool:
@@ -304,15 +303,25 @@ class Database(AsyncNames, Reads):
     def _run_commit_callbacks(self, callbacks: list[Any] | None = None) -> None:
         if callbacks is None:  # Peewee's own blocks, those of a `DatabaseProxy`, name none
             callbacks = self._state.commit_callbacks
+        if not callbacks:
+            return
         todo, callbacks[:] = list(callbacks), []
-        for callback in todo:
-            if _is_async(callback.fn):
-                callback.lease.root.follow_ups.append(callback.fn)
-                continue
-            try:
-                callback()
-            except (Exception, asyncio.CancelledError):  # a thread is never cancelled itself
-                logger.exception("An after_commit callback failed; its transaction is committed.")
+        lease = self._state.lease()
+        call = None if lease is None else lease.call
+        with nullcontext() if call is None else call.carried_out():
+            for callback in todo:
+                self._run_commit_callback(callback)
+
+    def _run_commit_callback(self, callback: CommitCallback) -> None:
+        if _is_async(callback.fn):
+            _have_awaited(callback.fn, callback.lease)
+            return
+        try:
+            result = callback.fn()
+            if inspect.isawaitable(result):  # `lambda: notify(user.id)`
+                _have_awaited(lambda: result, callback.lease)
+        except (Exception, asyncio.CancelledError):  # a thread is never cancelled itself
+            logger.exception("An after_commit callback failed; its transaction is committed.")
 
     # Connections outside of leases: one a thread, as Peewee has it.
 
@@ -372,7 +381,11 @@ class Database(AsyncNames, Reads):
 
     def begin(self, *args: Any, **kwargs: Any) -> Any:
         with self.waiting():
-            return super().begin(*args, **kwargs)
+            super().begin(*args, **kwargs)
+        self._has_begun()
+
+    def _has_begun(self) -> None:
+        self.pool.transaction(self._state.lease(), begun=True)
 
     def commit(self) -> None:
         try:
@@ -690,6 +703,22 @@ _SETTING = re.compile(
 def changes_session(sql: str) -> bool:
     """Whether a statement may leave something in the session for its next user to find."""
     return _HARMLESS.match(sql) is None or _SETTING.search(sql) is not None
+
+
+_NOBODY_AWAITS = (
+    "An async after_commit callback needs an event loop to await it: use it in code that runs "
+    "under `db.run(…)`, `async with db.atomic():` or a request."
+)
+
+
+def _have_awaited(callback: Callable[[], Any], lease: Lease | None) -> None:
+    """Have a callback awaited: when whoever awaits the code under this lease is done with it."""
+    if lease is None and _get_running_loop() is not None:
+        detached(await_callbacks([callback]))
+    elif lease is None or lease.root.follow_ups is None:
+        raise ValueError(_NOBODY_AWAITS)
+    else:
+        lease.root.follow_ups.append(callback)
 
 
 def _is_async(fn: Any) -> bool:

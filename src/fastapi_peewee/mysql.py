@@ -208,6 +208,7 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
             if isolation_level:
                 cursor.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation(isolation_level)}")
             cursor.execute("START TRANSACTION READ ONLY")
+        self._has_begun()
 
     def cursor(self, named_cursor: Any = None) -> Any:
         cursor = super().cursor()

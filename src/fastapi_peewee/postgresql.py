@@ -95,6 +95,7 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         level = isolation(isolation_level or default)
         with self.waiting(), translate_driver_errors:
             self.cursor().execute(f"BEGIN {f'ISOLATION LEVEL {level} ' if level else ''}READ ONLY")
+        self._has_begun()
 
     def taints(self, sql: str) -> bool:
         # What SET LOCAL sets ends with the transaction; on MySQL it is for the session.

@@ -79,6 +79,9 @@ class Retrying:
                 except _TryAgain as failed:
                     delay = failed.delay
                 self.db.backoff.sleep(delay)
+                lease = self.db._state.lease()
+                if lease is not None and lease.call is not None and lease.call.cancelled:
+                    raise asyncio.CancelledError  # in `db.run`, which raises it in any case
 
         @wraps(fn)
         async def asynchronous(*args: Any, **kwargs: Any) -> Any:
