@@ -356,33 +356,38 @@ async def test_a_cursor_of_a_cancelled_request_reaches_nobody_else(database_url:
         assert await db.run(stored_names, row) == "ab"
 
 
-async def test_manual_commit_of_a_request_that_is_over(db: Database) -> None:
-    """What is left then is no transaction any more, and says so, if there is no error already."""
+@pytest.mark.parametrize("error", [None, LookupError])
+async def test_manual_commit_of_a_request_that_is_over(
+    db: Database, row: Any, error: type[Exception] | None
+) -> None:
+    """Its connection is kept until the thread leaves the block, which says that nothing of it was
+    stored, if there is no error already."""
     app = plain_app(db, APIRoute)
     inside, go_on = threading.Event(), threading.Event()
     errors: list[BaseException] = []
 
-    def endpoint(fail: bool) -> None:
+    @app.post("/", dependencies=[Depends(get_db)])
+    def endpoint() -> None:
         try:
             with db.manual_commit():
+                db.begin()
+                row.create(name="a")
                 inside.set()
                 assert go_on.wait(30)
-                if fail:
-                    raise LookupError
-        except BaseException as error:
-            errors.append(error)
+                if error is not None:
+                    raise error
+        except BaseException as raised:
+            errors.append(raised)
 
-    app.post("/", dependencies=[Depends(get_db)])(endpoint)
-    for fail in (False, True):
-        await cancelled_after(inside, app, f"/?fail={fail}")
-        await back_to_rest(db, within=10)
-        go_on.set()
-        async with asyncio.timeout(10):
-            while len(errors) <= fail:
-                await asyncio.sleep(0.001)
-        inside.clear()
-        go_on.clear()
-    assert [type(error) for error in errors] == [LeaseEnded, LookupError]
+    await cancelled_after(inside, app)
+    assert db.pool_stats.in_use == 1
+    go_on.set()
+    await back_to_rest(db, within=10)
+    async with asyncio.timeout(10):
+        while not errors:
+            await asyncio.sleep(0.001)
+    assert type(errors[0]) is (error or LeaseEnded)
+    assert await db.run(stored_names, row) == ""
 
 
 async def test_a_connection_of_peewees_own_pool_that_is_in_use_is_closed(tmp_path: Path) -> None:
