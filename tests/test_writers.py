@@ -4,7 +4,7 @@ import asyncio
 import os
 import sqlite3
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, closing
 from contextvars import Context  # empty: a task in it isn't part of the block that starts it
 from pathlib import Path
@@ -117,6 +117,105 @@ async def test_a_transaction_that_is_left_open_gives_its_turn_back(db: Database,
     await db.run(lambda: (db.begin(), note.create(text="a")))
     assert (gate(db).held, gate(db).waiting) == (0, 0)
     assert await db.count(note.select()) == 0
+
+
+def _commit_in_vain(db: Any, note: Any) -> None:
+    db.connection().rollback()
+    with pytest.raises(peewee.OperationalError, match="no transaction is active"):
+        db.commit()
+
+
+def _conflict(db: Any, note: Any) -> None:
+    with pytest.raises(peewee.IntegrityError):
+        db.execute_sql("INSERT OR ROLLBACK INTO note (text) VALUES (NULL)")
+
+
+def _close(db: Any, note: Any) -> None:
+    db.connection().close()
+    with pytest.raises(peewee.ProgrammingError):
+        note.create(text="b")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda db, _: db.execute_sql("COMMIT"),
+        lambda db, _: db.execute_sql("ROLLBACK"),
+        lambda db, _: db.commit(),
+        lambda db, _: db.rollback(),
+        _commit_in_vain,
+        _conflict,
+        _close,
+    ],
+    ids=["COMMIT", "ROLLBACK", "commit", "rollback", "in_vain", "conflict", "close"],
+)
+async def test_a_transaction_by_hand_gives_its_turn_back_once(
+    db: Database, note: Any, end: Callable[[Any, Any], object]
+) -> None:
+    """However what `db.begin()` began has ended, others write at once, though the connection is
+    still held; and when that is given back, nobody else's turn is."""
+
+    def by_hand() -> None:
+        with db.manual_commit():
+            db.begin()
+            note.create(text="a")
+            end(db, note)
+
+    async def other() -> None:
+        await note.acreate(text="other's")
+
+    async with db.connection_context():
+        await db.run(by_hand)
+        assert gate(db).held == 0
+        await asyncio.create_task(other(), context=Context())
+        transaction = db.atomic()
+        await asyncio.create_task(transaction.aenter_unbound(), context=Context())
+    assert gate(db).held == 1, "somebody else's turn was given back"
+    await transaction.aexit_unbound()
+    assert (gate(db).held, gate(db).waiting) == (0, 0)
+
+
+async def test_a_commit_that_leaves_the_transaction_open_keeps_the_turn(db: Database) -> None:
+    """Who may still roll back, or mend what a COMMIT has refused, is still the one who writes."""
+
+    class Pair(db.Model):
+        other = peewee.ForeignKeyField("self", deferrable="INITIALLY DEFERRED")
+
+    def by_hand() -> None:
+        with db.manual_commit():
+            db.begin()
+            Pair.create(other=7)
+            for commit in (db.commit, lambda: db.execute_sql("COMMIT")):
+                with pytest.raises(peewee.IntegrityError):
+                    commit()
+                assert gate(db).held == 1
+            Pair.create(id=7, other=7)
+            db.execute_sql("COMMIT")
+
+    await db.acreate_tables([Pair])
+    async with db.connection_context():
+        await db.run(by_hand)
+        assert gate(db).held == 0
+    assert await db.count(Pair.select()) == 2
+
+
+@pytest.mark.parametrize("first", ["IMMEDIATE", "DEFERRED"])
+async def test_a_second_begin_is_refused_at_once(db: Database, note: Any, first: str) -> None:
+    """A `db.begin()` inside of another waits for no turn, which may be its own: SQLite refuses it,
+    and the first one goes on."""
+
+    def by_hand() -> None:
+        with db.manual_commit():
+            db.begin(first)
+            note.create(text="a")
+            with pytest.raises(peewee.OperationalError, match="within a transaction"):
+                db.begin()
+            db.commit()
+
+    with anyio.fail_after(10):  # of the patience of 30 seconds
+        await db.run(by_hand)
+    assert (gate(db).held, gate(db).waiting) == (0, 0)
+    assert await db.count(note.select()) == 1
 
 
 async def test_patience_has_an_end(db: Database, note: Any) -> None:

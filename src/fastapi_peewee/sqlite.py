@@ -182,30 +182,34 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         isolation(isolation_level)
         lock_type = lock_type or ("DEFERRED" if read_only else self._lock_type)
         lease = self._state.lease()
+        # Not `self._state`: when the request is over, that isn't the lease's any more.
+        state = {} if lease is None else lease.state
         if lease is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
-            with translate_driver_errors:
-                # Not `self._state`: when the request is over, that isn't the lease's any more.
-                lease.state["writing"] = self._writers.enter()
+            self._ensure_connected(lease)
+            # In a transaction SQLite refuses it at once, and the turn may be this lease's own.
+            if not self._state.conn.in_transaction and state.get("writing") is None:
+                with translate_driver_errors:
+                    state["writing"] = self._writers.enter()
         try:
             super().begin(lock_type)
         except BaseException:
-            gate = None if lease is None else lease.state.get("writing")
-            if gate is not None and lease is not None:
-                lease.state["writing"] = None
-                gate.release()
+            _end_turn_if_over(state)
             raise
         if read_only:
             self._state.read_only = True
             self._set_query_only(1)
 
     def commit(self) -> None:
-        super().commit()
-        self._end_writing()
+        state = self._state.cell()
+        try:
+            super().commit()
+        finally:  # a full disk may have ended it as well
+            _end_turn_if_over(state)
         self._end_read_only()
 
     def rollback(self) -> None:
         # From here on an interrupt for its limit could only keep it from being rolled back.
-        lease = self._state.lease()
+        lease, state = self._state.lease(), self._state.cell()
         self.pool.transaction(lease, begun=False)
         try:
             try:
@@ -217,22 +221,23 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
                 self._state.conn.close_cursors()
                 super().rollback()
         finally:
-            self._end_writing()
+            _end_turn(state)
         self._end_read_only()
-
-    def _end_writing(self) -> None:
-        gate, self._state.writing = self._state.writing, None
-        if gate is not None:
-            gate.release()
 
     def waiting(self) -> AbstractContextManager[None]:
         return _NOTHING  # its cursors are what is watched
 
     def _execute_cursor(self, sql: str, params: Any, **options: Any) -> Any:
         lease = self._state.lease()
-        # The transaction's turn, a read, or a connection whose end nobody would see.
-        if lease is None or self._state.writing is not None or only_reads(sql):
+        # A read, or a connection whose end nobody would see.
+        if lease is None or only_reads(sql):
             return super()._execute_cursor(sql, params, **options)
+        state = lease.state
+        if state.get("writing") is not None:
+            try:
+                return super()._execute_cursor(sql, params, **options)
+            finally:  # it may be a COMMIT, or have failed in such a way that all was rolled back
+                _end_turn_if_over(state)
         conn = None if lease.root.held is None else lease.root.held.conn
         if conn is None or conn.in_transaction:
             return super()._execute_cursor(sql, params, **options)
@@ -362,15 +367,30 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         try:
             return self._clean(conn, lease)
         finally:
-            gate = lease.state.get("writing")
-            if gate is not None:
-                gate.release()
+            _end_turn(lease.state)
 
     def _clean(self, conn: Any, lease: Lease) -> bool:
         conn.close_cursors()
         if conn.in_transaction:
             conn.rollback()
         return not lease.tainted and not lease.state.get("read_only")
+
+
+def _end_turn(state: dict[str, Any]) -> None:
+    """Let the next one write, if the turn is that of the connection which has this state."""
+    gate, state["writing"] = state.get("writing"), None
+    if gate is not None:
+        gate.release()
+
+
+def _end_turn_if_over(state: dict[str, Any]) -> None:
+    if state.get("writing") is not None:
+        try:
+            over = not state["conn"].in_transaction
+        except sqlite3.ProgrammingError:  # the connection was closed
+            over = True
+        if over:
+            _end_turn(state)
 
 
 def _json_float(value: Any) -> str | None:
