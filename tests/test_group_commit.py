@@ -508,6 +508,36 @@ async def test_another_process_that_writes(tmp_path: Path) -> None:
         await at_rest(db)
 
 
+async def test_another_process_outlasts_the_patience_of_one(tmp_path: Path) -> None:
+    """Of those that would be written together, each waits for another process's writer as long as
+    its own patience lasts, and no longer; who has gone meanwhile isn't written."""
+    url = f"sqlite:///{tmp_path}/app.db"
+    async with connected(url, pool_size=4, busy_timeout=2) as db:
+        note = await make(db)
+        with closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            turn, _ = db._writers.enter()
+            begun = time.monotonic()
+            first = asyncio.ensure_future(note.acreate(text="first"))
+            await until(lambda: db._writers._gate.waiting)
+            await asyncio.sleep(1)
+            second, gone = (asyncio.ensure_future(note.acreate(text=text)) for text in "ab")
+            await asyncio.sleep(0)
+            turn.release()
+            group = db._group()
+            await until(lambda: group._batch)
+            gone.cancel()
+            with pytest.raises(peewee.OperationalError, match="database is locked"):
+                await first
+            assert 1.9 < time.monotonic() - begun < 2.7
+            other.execute("ROLLBACK")
+        assert (await second).text == "a"
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert texts(db) == ["a"]
+        await at_rest(db)
+
+
 async def test_when_all_connections_are_in_use(tmp_path: Path) -> None:
     """They wait for one as everybody does, for as long, and in the same queue."""
     async with connected(f"sqlite:///{tmp_path}/app.db", pool_size=1, timeout=0.2) as db:

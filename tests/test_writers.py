@@ -4,6 +4,7 @@ import asyncio
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, closing
 from contextvars import Context  # empty: a task in it isn't part of the block that starts it
@@ -16,8 +17,10 @@ import pytest
 
 from fastapi_peewee import Database
 from fastapi_peewee.drivers import Returned
-from fastapi_peewee.writers import Writers
+from fastapi_peewee.writers import Writers, rest_of_patience
 from tests.apps import client, connected, make_app
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
 
 
 @pytest.fixture
@@ -270,6 +273,83 @@ async def test_a_writer_waits_no_longer_than_a_statement_may_take(
         assert (gate(db).held, gate(db).waiting) == (0, 0)
 
 
+@pytest.mark.parametrize("way", ["statement", "group", "block"])
+async def test_patience_is_for_the_turn_and_the_lock_together(tmp_path: Path, way: str) -> None:
+    """Who has waited for its turn waits for another process's writer only for what is left of
+    `busy_timeout`; afterwards its connection has again what the application has set."""
+    url = f"sqlite:///{tmp_path}/app.db"
+    options = {"busy_timeout": 1, "pragmas": {"busy_timeout": 1001}}
+    async with connected(url, pool_size=2, **options) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        def block() -> None:
+            with db.atomic():
+                Note.create(text="a")
+
+        await db.acreate_tables([Note])
+        ways: dict[str, Callable[[], Any]] = {
+            "statement": lambda: db.run(Note.insert(text="a").execute),
+            "group": lambda: Note.acreate(text="a"),
+            "block": lambda: db.run(block),
+        }
+        with closing(sqlite3.connect(tmp_path / "app.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            turn, _ = db._writers.enter()
+            begun = time.monotonic()
+            writing = asyncio.ensure_future(ways[way]())
+            await queue(db, 1)
+            await asyncio.sleep(0.7)
+            turn.release()
+            with pytest.raises(peewee.OperationalError, match="database is locked"):
+                await writing
+            assert 0.9 < time.monotonic() - begun < 1.5
+        await ways[way]()
+        async with db.connection_context(), db.atomic(read_only=True):
+            for context in (None, Context()):  # both of the pool's, if there are two
+                reading = db.run(lambda: db.execute_sql("PRAGMA busy_timeout").fetchone())
+                assert await asyncio.create_task(reading, context=context) == (1001,)
+
+
+async def test_what_is_left_of_the_patience(db: Database) -> None:
+    """SQLite is told what is left, not less than nothing, and in the end what it was told before;
+    a wait of no account isn't told. The caller's kind of rows doesn't matter."""
+
+    def look() -> None:
+        conn, lease = db.connection(), db._state.lease()
+
+        def told() -> int:
+            milliseconds: int = next(iter(conn.execute("PRAGMA busy_timeout").fetchone().values()))
+            return milliseconds
+
+        conn.row_factory = lambda cursor, row: {cursor.description[0][0]: row[0]}
+        for waited, left in ((0.0, 30000), (0.001, 30000), (10, 20000), (31, 0)):
+            with rest_of_patience(lease, waited):
+                assert told() == left
+            assert told() == 30000
+
+    await db.run(look)
+
+
+async def test_patience_that_can_not_be_restored(db: Database) -> None:
+    """A connection that can't be told again how long it usually waits is used by nobody else."""
+
+    def hurry() -> None:
+        lease = db._state.lease()
+        assert lease is not None
+        conn = lease.held.conn
+        with rest_of_patience(lease, 10):
+            cursor = conn.execute(ENDLESS)
+            next(cursor)
+            conn.interrupt()  # which lasts while a cursor is half read
+        cursor.close()
+
+    await db.run(hurry)
+    told = await db.run(lambda: db.execute_sql("PRAGMA busy_timeout").fetchone())
+    assert told == (30000,)
+
+
 async def test_rows_that_a_write_returns(db: Database, note: Any) -> None:
     """They can be read in every way in which a cursor's rows can."""
 
@@ -285,9 +365,6 @@ async def test_rows_that_a_write_returns(db: Database, note: Any) -> None:
     assert await db.run(write) == [("a",), [("b",), ("c",)], ("d",), [], None, "text"]
     rows = await db.run(lambda: [r.text for r in note.insert(text="e").returning(note).execute()])
     assert rows == ["e"]
-
-
-ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +397,7 @@ def test_after_a_fork_the_queue_is_empty() -> None:
     writers.enter()
     pid = os.fork()
     if not pid:
-        writers.enter().release()
+        writers.enter()[0].release()
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
 

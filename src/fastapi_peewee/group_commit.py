@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from contextvars import Context, copy_context
 from typing import Any
 
@@ -21,7 +21,7 @@ from .drivers import Returned
 from .exceptions import PoolClosed
 from .pool import Pool
 from .state import Lease, PeeweeConnectionState
-from .writers import Writers
+from .writers import Writers, rest_of_patience
 
 #: How many statements share a COMMIT.
 _MOST = 100
@@ -176,7 +176,7 @@ class GroupCommit:
             first = self._queue[0]
         patience = first.begun + self._writers.patience - time.monotonic()
         try:
-            turn = self._writers.enter(patience)
+            turn, _ = self._writers.enter(patience)
         except sqlite3.OperationalError as error:
             self._refuse(first, error)
             return
@@ -191,25 +191,30 @@ class GroupCommit:
                 write.context.run(self._state.bind, lease)
             conn = lease.root.held.conn
             if len(writes) == 1:
-                with self._pool.waiting(lease):
+                with _hurry(lease, writes), self._pool.waiting(lease):
                     writes[0].execute(conn)
             elif writes:
                 self._write_together(conn, lease, writes)
         finally:
             turn.release()
 
-    def _refuse(self, first: _Write, error: sqlite3.OperationalError) -> None:
-        """Those whose patience is over, as that of this one is, if it is still there."""
+    def _refuse(self, first: _Write, error: BaseException) -> None:
+        """Those whose patience is over, as that of this one is, if it is still there. The others
+        wait on.
+        """
         late = max(time.monotonic() - self._writers.patience, first.begun)
         with self._lock:
-            self._batch = [write for write in self._queue if write.begun <= late]
-            del self._queue[: len(self._batch)]
-            for write in self._batch:
-                write.error = error
+            writes, self._batch, self._queue = [*self._batch, *self._queue], [], []
+            for write in writes:
+                if write.gone or write.begun <= late:
+                    write.error = error
+                    self._batch.append(write)
+                else:
+                    self._queue.append(write)
 
     def _write_together(self, conn: Any, lease: Lease, writes: list[_Write]) -> None:
         try:
-            with self._pool.waiting(lease):
+            with _hurry(lease, writes), self._pool.waiting(lease):
                 conn.execute("BEGIN IMMEDIATE")
             for write in writes:
                 with self._pool.waiting(lease):
@@ -226,10 +231,17 @@ class GroupCommit:
         except BaseException as error:
             # A deferred foreign key is checked by COMMIT, which then commits nothing: alone, each
             # will have an answer of its own. After any other error nobody knows.
-            code = getattr(error, "sqlite_errorcode", 0)
-            refused = code & 0xFF == sqlite3.SQLITE_CONSTRAINT
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_BUSY and not conn.in_transaction:
+                self._refuse(writes[0], error)  # by BEGIN: another process writes
+                return
+            refused = code == sqlite3.SQLITE_CONSTRAINT
             for write in writes:
                 write.undo(None if refused else error)
+
+
+def _hurry(lease: Lease, writes: list[_Write]) -> AbstractContextManager[None]:
+    return rest_of_patience(lease, time.monotonic() - writes[0].begun)
 
 
 def _answer(writes: list[_Write]) -> None:

@@ -22,7 +22,7 @@ from .pool import PoolStats
 from .reads import encoded
 from .state import Lease, translate_driver_errors
 from .watchdog import Stepwise
-from .writers import Writers
+from .writers import Writers, rest_of_patience
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -184,14 +184,16 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         lease = self._state.lease()
         # Not `self._state`: when the request is over, that isn't the lease's any more.
         state = {} if lease is None else lease.state
+        waited = 0.0
         if lease is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
             self._ensure_connected(lease)
             # In a transaction SQLite refuses it at once, and the turn may be this lease's own.
             if not self._state.conn.in_transaction and state.get("writing") is None:
                 with translate_driver_errors:
-                    state["writing"] = self._writers.enter()
+                    state["writing"], waited = self._writers.enter()
         try:
-            super().begin(lock_type)
+            with rest_of_patience(lease, waited):
+                super().begin(lock_type)
         except BaseException:
             _end_turn_if_over(state)
             raise
@@ -242,11 +244,12 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if conn is None or conn.in_transaction:
             return super()._execute_cursor(sql, params, **options)
         with translate_driver_errors:
-            gate = self._writers.enter()
+            gate, waited = self._writers.enter()
         try:
-            cursor = super()._execute_cursor(sql, params, **options)
-            with translate_driver_errors:
-                return cursor if cursor.description is None else Returned(cursor)
+            with rest_of_patience(lease, waited):
+                cursor = super()._execute_cursor(sql, params, **options)
+                with translate_driver_errors:
+                    return cursor if cursor.description is None else Returned(cursor)
         finally:
             gate.release()
 

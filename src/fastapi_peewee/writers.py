@@ -2,13 +2,23 @@
 
 SQLite lets one connection write at a time; the others ask again and again, with longer and longer
 pauses, so that the lock lies idle while they sleep, and the unlucky ones run out of patience.
-Within a process that can be done better. Other processes are still waited for in SQLite's way.
+Within a process that can be done better. Other processes are still waited for in SQLite's way, for
+what is left of the patience.
 """
 
 import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from .gate import Gate
-from .state import generation
+from .state import Lease, generation, translate_driver_errors
+
+#: Seconds of a wait that count: for fewer SQLite isn't told.
+_NOTICED = 0.02
+
+_AT_EASE: AbstractContextManager[None] = nullcontext()
 
 
 class Writers:
@@ -26,11 +36,14 @@ class Writers:
         self._gate = Gate(1)
         self._generation = generation()
 
-    def enter(self, patience: float | None = None) -> Gate:
-        """Wait for one's turn. The caller owes one `release()` of the gate that is returned.
+    def enter(self, patience: float | None = None) -> tuple[Gate, float]:
+        """Wait for one's turn.
 
         Args:
             patience: seconds to wait; by default that of all.
+
+        Returns a gate, of which the caller owes one `release()`, and for how many seconds it has
+        waited.
 
         Raises:
             sqlite3.OperationalError: "database is locked", as SQLite says it.
@@ -38,9 +51,42 @@ class Writers:
         if self._generation != generation():  # after a fork, whoever had the turn isn't here
             self._begin_anew()
         gate = self._gate
+        if gate.acquire_nowait():
+            return gate, 0.0
+        begun = time.monotonic()
         if not gate.acquire_blocking(self.patience if patience is None else patience):
             error = sqlite3.OperationalError("database is locked")
             error.sqlite_errorcode = sqlite3.SQLITE_BUSY
             error.sqlite_errorname = "SQLITE_BUSY"
             raise error
-        return gate
+        return gate, time.monotonic() - begun
+
+
+def rest_of_patience(lease: Lease | None, waited: float) -> AbstractContextManager[None]:
+    """`with rest_of_patience(lease, waited):` around what takes SQLite's lock after so many seconds
+    of waiting for the turn: for another process's writer it waits so much less.
+    """
+    return _AT_EASE if lease is None or waited < _NOTICED else _hurried(lease, waited)
+
+
+@contextmanager
+def _hurried(lease: Lease, waited: float) -> Iterator[None]:
+    conn = lease.root.held.conn
+    with translate_driver_errors:
+        usual = _busy_timeout(conn)
+        _busy_timeout(conn, f"= {max(usual - round(1000 * waited), 0)}")
+    try:
+        yield
+    finally:
+        try:
+            _busy_timeout(conn, f"= {usual}")
+        except sqlite3.Error:  # interrupted, with a cursor half read: it is closed afterwards
+            lease.root.tainted = True
+
+
+def _busy_timeout(conn: Any, change: str = "") -> int:
+    cursor = conn.cursor()
+    cursor.row_factory = None  # the caller's
+    milliseconds: int = cursor.execute(f"PRAGMA busy_timeout {change}").fetchone()[0]
+    cursor.close()
+    return milliseconds
