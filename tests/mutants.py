@@ -131,6 +131,11 @@ MUTANTS = [
         GROUP,
     ),
     Mutant(
+        "a writer interrupted as its turn comes keeps it",
+        (Edit("writers", "Writers.enter", "gate.release()", "None"),),
+        "tests/test_writers.py -k passes_it_on",
+    ),
+    Mutant(
         "a transaction that fails isn't rolled back",
         (Edit("blocks", "_SafeTransaction._abandon", "self.db.rollback()", "None"),),
         BLOCKS,

@@ -180,6 +180,27 @@ def test_a_thread_that_is_interrupted_as_it_waits_keeps_no_slot(
     assert at_rest(gate)
 
 
+@pytest.mark.parametrize("granted", [False, True])
+def test_a_thread_that_is_woken_from_outside_waits_no_longer(
+    granted: bool,
+) -> None:
+    """It leaves the queue as if its time were over; a slot that it was granted just then is its
+    own."""
+    gate = Gate(1, free=0)
+
+    class Woken(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            self.set()
+            if granted:
+                gate.release()
+            return super().wait(timeout)
+
+    assert gate.acquire_blocking(LONG, Woken()) is granted
+    assert gate.waiting == 0
+    gate.release()
+    assert at_rest(gate)
+
+
 def test_closing_passes_over_a_loop_that_is_closed() -> None:
     """Those who wait elsewhere are sent away all the same."""
     gate = Gate(1, free=0)
@@ -220,8 +241,8 @@ def holding(gate: Gate, inside: list[int], peak: list[int]) -> Iterator[None]:
 
 
 def test_no_slot_is_lost_among_loops_threads_and_cancellations() -> None:
-    """After thousands of waiters in three loops and two threads, most of them cancelled at random
-    moments, never more than all slots were out, and all are back."""
+    """After thousands of waiters in three loops and two threads, most of them cancelled or woken at
+    random moments, never more than all slots were out, and all are back."""
     gate = Gate(4)
     inside: list[int] = []
     peak: list[int] = []
@@ -246,10 +267,14 @@ def test_no_slot_is_lost_among_loops_threads_and_cancellations() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def thread() -> None:
-        for _ in range(300):
-            if gate.acquire_blocking(LONG):
+        for number in range(300):
+            woken = threading.Event()
+            timer = threading.Timer(number % 3 / 1000, woken.set)
+            timer.start()
+            if gate.acquire_blocking(LONG, woken):
                 with holding(gate, inside, peak):
                     pass
+            timer.join()
 
     with ThreadPoolExecutor(5) as pool:
         jobs = [pool.submit(asyncio.run, many()) for _ in range(3)]

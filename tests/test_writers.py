@@ -221,6 +221,56 @@ async def test_a_second_begin_is_refused_at_once(db: Database, note: Any, first:
     assert await db.count(note.select()) == 1
 
 
+@pytest.mark.parametrize("way", ["statement", "block"])
+async def test_a_cancelled_writer_waits_for_no_other(db: Database, note: Any, way: str) -> None:
+    """It leaves the queue and gives its connection back at once, though another transaction goes
+    on; who waits beside it, waits on."""
+
+    async def write(text: str) -> None:
+        if way == "statement":
+            await db.run(note.insert(text=text).execute)
+        else:
+            async with db.atomic():
+                await note.acreate(text=text)
+
+    async with db.atomic():
+        first, second = (asyncio.create_task(write(text), context=Context()) for text in "ab")
+        await queue(db, 2)
+        first.cancel()
+        with anyio.fail_after(10), pytest.raises(asyncio.CancelledError):  # of 30 seconds
+            await first
+        assert gate(db).waiting == 1
+        assert db.pool_stats.in_use == 2
+    await second
+    assert [row.text for row in await db.list(note.select())] == ["b"]
+    assert (gate(db).held, gate(db).waiting) == (0, 0)
+
+
+def test_who_is_interrupted_as_its_turn_comes_passes_it_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A turn that is granted in the moment of an interrupt isn't lost, and the error is SQLite's;
+    an interrupt of another connection is none."""
+    writers, conn, other = Writers(30), object(), object()
+    turn, _ = writers.enter(conn=other)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            writers.interrupt(other)
+            assert not self.is_set()
+            writers.interrupt(conn)
+            turn.release()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(threading, "Event", Interrupted)
+    with pytest.raises(sqlite3.OperationalError, match="interrupted") as failure:
+        writers.enter(conn=conn)
+    assert failure.value.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT
+    assert failure.value.sqlite_errorname == "SQLITE_INTERRUPT"
+    assert (turn.held, turn.waiting) == (0, 0)
+    writers.interrupt(conn)  # nobody waits
+
+
 async def test_patience_has_an_end(db: Database, note: Any) -> None:
     """Past `busy_timeout` a writer gets SQLite's own error, which is answered with 503."""
     db._writers.patience = 0.05

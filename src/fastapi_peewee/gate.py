@@ -79,11 +79,14 @@ class Gate:
                 timer.cancel()
         return self._outcome(waiter)
 
-    def acquire_blocking(self, timeout: float | None) -> bool:
-        """The same for a thread, which it blocks. Never call it on an event loop."""
+    def acquire_blocking(self, timeout: float | None, woken: threading.Event | None = None) -> bool:
+        """The same for a thread, which it blocks. Never call it on an event loop.
+
+        Who sets `woken`, an event of this wait only, ends it as if its time were over.
+        """
         if self.acquire_nowait():
             return True
-        woken = threading.Event()
+        woken = woken or threading.Event()
         waiter = _Waiter(woken.set)
         if self._enqueue(waiter):
             return True

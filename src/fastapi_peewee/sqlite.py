@@ -188,9 +188,10 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if lease is not None and lock_type in ("IMMEDIATE", "EXCLUSIVE"):
             self._ensure_connected(lease)
             # In a transaction SQLite refuses it at once, and the turn may be this lease's own.
-            if not self._state.conn.in_transaction and state.get("writing") is None:
+            conn = self._state.conn
+            if not conn.in_transaction and state.get("writing") is None:
                 with translate_driver_errors:
-                    state["writing"], waited = self._writers.enter()
+                    state["writing"], waited = self._writers.enter(conn=conn)
         try:
             with rest_of_patience(lease, waited):
                 super().begin(lock_type)
@@ -244,7 +245,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if conn is None or conn.in_transaction:
             return super()._execute_cursor(sql, params, **options)
         with translate_driver_errors:
-            gate, waited = self._writers.enter()
+            gate, waited = self._writers.enter(conn=conn)
         try:
             with rest_of_patience(lease, waited):
                 cursor = super()._execute_cursor(sql, params, **options)
@@ -360,6 +361,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             conn.execute(f"PRAGMA busy_timeout = {math.ceil(statement_timeout * 1000)}")
 
     def interrupt(self, conn: Any) -> bool:
+        self._writers.interrupt(conn)
         conn.interrupt()
         return True
 

@@ -7,6 +7,7 @@ what is left of the patience.
 """
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,32 +35,55 @@ class Writers:
 
     def _begin_anew(self) -> None:
         self._gate = Gate(1)
+        #: What wakes those who wait, and for which connections they do.
+        self._waiting: dict[threading.Event, Any] = {}
         self._generation = generation()
 
-    def enter(self, patience: float | None = None) -> tuple[Gate, float]:
+    def enter(self, patience: float | None = None, *, conn: Any = None) -> tuple[Gate, float]:
         """Wait for one's turn.
 
         Args:
             patience: seconds to wait; by default that of all.
+            conn: the connection, by which `interrupt()` ends the wait.
 
         Returns a gate, of which the caller owes one `release()`, and for how many seconds it has
         waited.
 
         Raises:
-            sqlite3.OperationalError: "database is locked", as SQLite says it.
+            sqlite3.OperationalError: "database is locked" or "interrupted", as SQLite says it.
         """
         if self._generation != generation():  # after a fork, whoever had the turn isn't here
             self._begin_anew()
         gate = self._gate
         if gate.acquire_nowait():
             return gate, 0.0
-        begun = time.monotonic()
-        if not gate.acquire_blocking(self.patience if patience is None else patience):
-            error = sqlite3.OperationalError("database is locked")
-            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
-            error.sqlite_errorname = "SQLITE_BUSY"
-            raise error
+        begun, woken = time.monotonic(), threading.Event()
+        self._waiting[woken] = conn
+        try:
+            entered = gate.acquire_blocking(self.patience if patience is None else patience, woken)
+        finally:
+            interrupted = self._waiting.pop(woken, woken) is woken
+        if interrupted:
+            if entered:  # just then
+                gate.release()
+            raise _error("interrupted", "SQLITE_INTERRUPT")
+        if not entered:
+            raise _error("database is locked", "SQLITE_BUSY")
         return gate, time.monotonic() - begun
+
+    def interrupt(self, conn: Any) -> None:
+        """End the wait for this connection, if there is one."""
+        for woken, waiting in list(self._waiting.items()):
+            if waiting is conn:
+                self._waiting.pop(woken, None)
+                woken.set()
+
+
+def _error(text: str, name: str) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = getattr(sqlite3, name)
+    error.sqlite_errorname = name
+    return error
 
 
 def rest_of_patience(lease: Lease | None, waited: float) -> AbstractContextManager[None]:
