@@ -4,17 +4,19 @@ import asyncio
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import peewee
 import pytest
 
-from fastapi_peewee import BlockingQueryWarning, PoolStats, connect
+from fastapi_peewee import BlockingQueryWarning, DatabaseUnavailable, PoolStats, connect
 from fastapi_peewee.database import changes_session
 from fastapi_peewee.mysql import MySQLDatabase
 from fastapi_peewee.postgresql import PostgresqlDatabase
 from fastapi_peewee.sqlite import SqliteDatabase
+from tests.apps import connected
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,36 @@ def test_sqlite_is_set_up_for_a_server(sqlite_url: str) -> None:
     db = connect(sqlite_url, pragmas={"foreign_keys": 0})
     assert db.foreign_keys == 0
     db.close()
+
+
+async def test_a_sqlite_file_that_can_not_be_opened(tmp_path: Path) -> None:
+    """The error speaks of the file and its directory, not of a server, and of what opens one that
+    is only read, which is so."""
+    file = tmp_path / "app.db"
+    with closing(sqlite3.connect(file)) as conn:
+        conn.execute("CREATE TABLE note AS SELECT 'a' AS text")
+        conn.commit()
+
+    async def read(url: str = "sqlite:///app.db", **options: Any) -> Any:
+        async with connected(url, **options) as db:
+            return await db.run(lambda: db.execute_sql("SELECT text FROM note").fetchall())
+
+    refused: list[dict[str, Any]] = [
+        {"url": f"sqlite:///{tmp_path}/nowhere/app.db"},
+        {"database": f"file:{file}?mode=ro", "uri": True},
+    ]
+    for options in refused:
+        with pytest.raises(DatabaseUnavailable, match=r"directory .* must exist and be") as failure:
+            await read(**options)
+        assert "server" not in str(failure.value)
+        for advice in ('pragmas={"journal_mode": "delete"}', '?immutable=1", uri=True'):
+            assert advice in str(failure.value)
+    opened: list[dict[str, Any]] = [
+        {"database": f"file:{file}?mode=ro", "uri": True, "pragmas": {"journal_mode": "delete"}},
+        {"database": f"file:{file}?immutable=1", "uri": True},
+    ]
+    for options in opened:
+        assert await read(**options) == [("a",)]
 
 
 def test_sqlite_transactions_wait_for_each_other(sqlite_url: str) -> None:

@@ -48,6 +48,7 @@ class Driver:
     prepared_within: float = 0.0
 
     connect_timeout: float = 5.0
+    if_unreachable: str = "Is there a route?"
 
     def open_connection(self, limit: float) -> int:
         self.limit = limit

@@ -639,6 +639,10 @@ class Database(AsyncNames, Reads):
 
     # What the pool asks for.
 
+    if_unreachable = (
+        "Is the server running, and are host, port, user, password and database in the URL right?"
+    )
+
     @property
     def connect_timeout(self) -> float:
         """Seconds that connecting may take."""

@@ -40,6 +40,10 @@ _LEAST = 0.05
 class Opener(Protocol):
     """What the pool asks of its database. Each may block: it is called in a worker thread."""
 
+    #: For the error when no connection can be had: what is to be looked at.
+    @property
+    def if_unreachable(self) -> str: ...
+
     #: Seconds that asking and connecting may take together.
     @property
     def connect_timeout(self) -> float: ...
@@ -360,8 +364,8 @@ class Pool:
             else:
                 self._breaker.failed()
             raise DatabaseUnavailable(
-                "The database could not be reached: a new connection failed. Is the server "
-                "running, and are host, port, user, password and database in the URL right?"
+                "The database could not be reached: a new connection failed. "
+                f"{self._opener.if_unreachable}"
             ) from error
         self._breaker.succeeded()
         self._count("_opened")

@@ -114,6 +114,13 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
     writes_on_the_loop = True
 
+    if_unreachable = (
+        "The directory of SQLite's file must exist and be writable, and so must the file: the "
+        "write-ahead log is kept beside it. A file that is only read and isn't in that mode is "
+        'opened with connect(…, pragmas={"journal_mode": "delete"}); any file that nobody writes '
+        'to with connect(…, database="file:/path/to/app.db?immutable=1", uri=True).'
+    )
+
     def __init__(
         self,
         database: str,
