@@ -3,7 +3,9 @@
 import asyncio
 import os
 import secrets
+import signal
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +102,45 @@ async def test_a_server_that_dies_in_the_middle_of_every_use(
                 await until_well(http, paths[0])
                 for path in paths:
                     assert (await http.get(path)).status_code == 200
+
+
+@pytest.mark.usefixtures("_used_just_now")
+@pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
+async def test_a_server_that_says_a_last_word_before_it_is_gone(
+    own_server: Server, own_database: str
+) -> None:
+    """PostgreSQL that ends at once, as after a crash, tells its clients: over a Unix socket as well
+    the next request, whose statement was prepared, is 503, and all after it are 200, since the
+    other connections are asked before they are used."""
+    async with connected(own_database) as db:
+
+        class Note(db.Model):
+            text = peewee.CharField()
+
+        await db.acreate_tables([Note])
+        app = make_app(db)
+        both = threading.Barrier(2)
+
+        @app.get("/")
+        def count() -> int:
+            return int(Note.select().count())
+
+        def count_with_another() -> int:
+            both.wait(10)
+            return count()
+
+        for _ in range(3):
+            await asyncio.gather(*(db.run(count_with_another) for _ in range(2)))
+        assert db.pool_stats.idle == 2
+        os.kill(own_server.pid, signal.SIGQUIT)
+        await asyncio.to_thread(own_server.wait)
+        await asyncio.to_thread(own_server.start)
+        async with client(app) as http:
+            assert_unavailable(await http.get("/"))
+            assert (db.pool_stats.idle, db.pool_stats.discarded) == (1, 1)
+            for _ in range(3):
+                assert (await http.get("/")).status_code == 200
+        assert (db.pool_stats.idle, db.pool_stats.discarded) == (1, 2)
 
 
 # More connections than the server has

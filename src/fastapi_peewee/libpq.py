@@ -114,10 +114,21 @@ class Statements:
         if result.status not in (status.TUPLES_OK, status.COMMAND_OK):
             import psycopg
 
+            message = self._pgconn.get_error_message()
             if self._pgconn.status != self._pq.ConnStatus.OK:
-                raise psycopg.OperationalError(self._pgconn.get_error_message())
+                raise psycopg.OperationalError(message)
+            if result.status == status.FATAL_ERROR and not self._state(result):
+                # libpq's own. It could not send the statement, as to a server that has said a last
+                # word and hung up, and takes the connection for open, since it hasn't read as far.
+                self._conn.close()
+                raise psycopg.OperationalError(message)
             raise psycopg.errors.error_from_result(result)
         return result
+
+    def _state(self, result: Any) -> bytes | None:
+        """The server's code of an error."""
+        state: bytes | None = result.error_field(self._pq.DiagnosticField.SQLSTATE)
+        return state
 
     def _steps(self, sql: str, params: Sequence[Any]) -> Steps:
         """Yields what to ask the server for, is sent the results, and returns the last one."""
@@ -138,7 +149,7 @@ class Statements:
             self._checked(result)
             self._names[key] = name
         result = yield "exec_prepared", (name, values, formats)
-        if result.error_field(self._pq.DiagnosticField.SQLSTATE) in _STALE:
+        if self._state(result) in _STALE:
             # In a transaction, that is lost by now.
             self._names.clear()
             if self._pgconn.transaction_status == self._pq.TransactionStatus.IDLE:
