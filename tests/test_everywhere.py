@@ -1,7 +1,9 @@
 """One `db` and one set of models outside of FastAPI: scripts, shells, tests, workers, forks."""
 
 import asyncio
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,7 +17,20 @@ from typing import Any
 import peewee
 import pytest
 
-from fastapi_peewee import BlockingQuery, BlockingQueryWarning, Database
+import fastapi_peewee
+from fastapi_peewee import (
+    BlockingQuery,
+    BlockingQueryWarning,
+    Database,
+    LazyLoad,
+    LeaseEnded,
+    LeaseForked,
+    NoLease,
+    OutcomeUnknown,
+    TransactionAborted,
+    TurnTimeout,
+)
+from fastapi_peewee.refusals import kind_of, refused_fields
 from tests import modes
 from tests.modes import (
     Note,
@@ -405,6 +420,55 @@ def test_a_shell_with_an_event_loop(project: Project) -> None:
     assert printed == ["created ann", "created bob", "counted 2", "closed True"], output
     assert "Traceback" not in output
     assert "Warning" not in output
+
+
+# Errors that go from one process to another
+
+
+def assert_is_again(error: BaseException) -> Any:
+    """Pickled in every way, and copied. Returns the pickled one."""
+    again = [pickle.loads(pickle.dumps(error, n)) for n in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for other in (*again, copy.copy(error), copy.deepcopy(error)):
+        assert type(other) is type(error)
+        assert (str(other), other.args) == (str(error), error.args)
+    return again[-1]
+
+
+def test_errors_are_pickled_and_copied() -> None:
+    """Process pools and job queues hand our errors on: with their text, once."""
+    made = [
+        BlockingQuery(),
+        LazyLoad("User.team", "users"),
+        LeaseEnded(),
+        LeaseForked(),
+        NoLease(),
+        OutcomeUnknown("A COMMIT was sent"),
+        TransactionAborted(),
+        TurnTimeout(2.5),
+    ]
+    public = [getattr(fastapi_peewee, name) for name in fastapi_peewee.__all__]
+    classes = [it for it in public if isinstance(it, type) and issubclass(it, Exception)]
+    plain = [each("text") for each in classes if "__init__" not in vars(each)]
+    own = {type(each) for each in made}
+    assert {type(each) for each in plain} | own == set(classes)
+    for error in made + plain:
+        error.add_note("a note")
+        assert assert_is_again(error).__notes__ == ["a note"]
+
+
+def test_what_a_database_refused_is_pickled_and_copied(db: Database, seen: Seen) -> None:
+    """Process pools and job queues hand on what a statement raised, as Peewee's own: with its SQL,
+    and without the database and the values."""
+    with db.connection_context():
+        User.create(name="ann")
+        with pytest.raises(peewee.IntegrityError) as failure:
+            User.create(name="ann")
+    again = assert_is_again(failure.value)
+    assert kind_of(again) == "unique"
+    assert refused_fields(again, "unique") == [User.name]
+    database, sql, params = again.statement
+    assert (database, type(sql), params) == (None, str, ())
+    assert sql.startswith("INSERT")
 
 
 # Forks

@@ -24,7 +24,7 @@ from . import single
 from .async_names import AsyncNames
 from .blocks import Atomic, CommitCallback, LeaseContext, Manual, Savepoint, Transaction
 from .calls import Call, await_callbacks, detached, result_of, run_follow_ups
-from .exceptions import BlockingQuery, LeaseEnded
+from .exceptions import BlockingQuery, FailedStatement, LeaseEnded
 from .pool import Pool, PoolStats
 from .reads import Reads
 from .retries import Backoff, Retrying, retrying
@@ -453,7 +453,7 @@ class Database(AsyncNames, Reads):
         for unsendable in (found, hidden):
             if isinstance(unsendable, UNSENDABLE):
                 refused = peewee.DataError(unsendable)
-        refused.statement = (self, sql, params)  # for who tells which field was refused
+        refused.statement = FailedStatement(self, sql, params)
         if refused is not error:
             refused.__cause__ = error
         return refused

@@ -2,7 +2,8 @@
 working. Nothing else of the package may be imported here.
 """
 
-from typing import Any
+import copyreg
+from typing import Any, NamedTuple
 
 import peewee
 
@@ -12,6 +13,31 @@ def driver_error(error: BaseException | None) -> Any:
     while (cause := getattr(error, "orig", None)) is not None:
         error = cause
     return error
+
+
+class FailedStatement(NamedTuple):
+    """What an error keeps of its statement, for who tells which field was refused.
+
+    Pickled with the error, it is the SQL only: a database stays in its process, and values may be
+    of any kind, or secret.
+    """
+
+    database: Any
+    sql: str
+    params: Any
+
+    def __reduce__(self) -> Any:
+        return FailedStatement, (None, str(self.sql), ())
+
+
+class _Made(Exception):
+    """An error whose class makes the text: what it is pickled and copied as has it already.
+
+    Not the first base of any: by that, Peewee's translation tells whether an error is a driver's.
+    """
+
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class PoolError(peewee.OperationalError):
@@ -34,7 +60,7 @@ class DatabaseUnavailable(PoolError):
     """The database could not be reached: a connection attempt failed."""
 
 
-class OutcomeUnknown(peewee.OperationalError):
+class OutcomeUnknown(peewee.OperationalError, _Made):
     """The connection was lost after a COMMIT, or a write outside of a transaction, had been sent.
 
     Nobody knows whether it was carried out. It is never retried. Over HTTP: 503, marked as
@@ -52,7 +78,7 @@ class OutcomeUnknown(peewee.OperationalError):
         )
 
 
-class TransactionAborted(peewee.OperationalError):
+class TransactionAborted(peewee.OperationalError, _Made):
     """A block went on after its transaction was over: the database had rolled it back.
 
     Over HTTP: what its `__cause__` would be if the connection was lost, or the database was busy or
@@ -72,7 +98,7 @@ class TransactionAborted(peewee.OperationalError):
         self.__cause__ = cause
 
 
-class LeaseError(peewee.InterfaceError):
+class LeaseError(peewee.InterfaceError, _Made):
     """A connection was used where none may be used. A programming error; over HTTP: 500."""
 
 
@@ -147,7 +173,7 @@ class SchemaError(peewee.ImproperlyConfigured, ValueError):
     """A schema was asked for that the model has not the fields or relations for."""
 
 
-class LazyLoad(peewee.InterfaceError):
+class LazyLoad(peewee.InterfaceError, _Made):
     """A relation or query was read from the database while a response was validated.
 
     Args:
