@@ -4,18 +4,21 @@ DATABASE_URL=… python -m tests.forks after_a_query
 """
 
 import asyncio
+import contextvars
 import multiprocessing
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import peewee
 
 from fastapi_peewee import LeaseForked, connect
 from fastapi_peewee.state import RequestScope
+from tests.apps import client, make_app
 
 db = connect(os.environ["DATABASE_URL"])
 
@@ -275,6 +278,95 @@ def with_multiprocessing() -> None:
     assert asyncio.run(warm_up()) == sessions
     User.create(name="parent, after")
     assert User.select().count() == 14
+
+
+def in_every_way() -> list[object]:
+    """The sessions of a child that uses the database as a script does."""
+
+    async def code() -> object:
+        async with db.atomic(read_only=True):
+            return await db.run(session)
+
+    found = [session(), asyncio.run(db.run(session)), asyncio.run(code())]
+    with db.connection_context():
+        found.append(session())
+    with db.atomic(read_only=True):
+        found.append(session())
+    assert not db.in_transaction()
+    return found
+
+
+def with_multiprocessing_in_a_request() -> None:
+    """A process that is forked inside of a request or a block works as any other, at once; both go
+    on in the parent."""
+    fork: Any = multiprocessing.get_context("fork")
+    app = make_app(db)
+
+    def child() -> list[object]:
+        with ProcessPoolExecutor(1, mp_context=fork) as processes:
+            found = processes.submit(in_every_way).result(30)
+        assert len(found) == 5
+        return found
+
+    @app.get("/def")
+    def endpoint() -> None:
+        before = session()
+        assert before not in child()
+        assert session() == before
+        User.create(name="def")
+
+    @app.get("/async")
+    async def in_no_block() -> None:
+        child()
+
+    @app.get("/block")
+    async def in_a_block() -> None:
+        async with db.atomic():
+            await User.acreate(name="block, before")
+            before = await db.run(session)
+            assert before not in child()
+            assert await db.run(session) == before
+            await User.acreate(name="block, after")
+
+    @app.get("/context")
+    async def in_a_context() -> None:
+        def run() -> None:
+            before = session()
+            assert before not in child()
+            assert session() == before
+
+        await db.run(run)
+
+    async def code() -> None:
+        async with client(app, raises=True) as http:
+            for path in ("/def", "/async", "/block", "/context"):
+                assert (await http.get(path)).status_code == 200
+        assert db.pool_stats.in_use == 0
+
+    asyncio.run(code())
+    assert names() == ["block, after", "block, before", "def"]
+
+
+def in_a_context_of_its_own() -> None:
+    """What a child is told to do that `os.fork()` made inside of a block helps."""
+
+    def child() -> None:
+        refusal = ""
+        try:
+            session()
+        except LeaseForked as error:
+            refusal = str(error)
+        assert "contextvars.Context().run(fn)" in refusal
+        contextvars.Context().run(in_every_way)
+
+    async def code() -> None:
+        async with db.atomic():
+            await User.acreate(name="parent, before")
+            assert succeeded(in_child(child, end=os._exit))
+            await User.acreate(name="parent, after")
+
+    asyncio.run(code())
+    assert names() == ["parent, after", "parent, before"]
 
 
 if __name__ == "__main__":

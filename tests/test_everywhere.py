@@ -485,6 +485,8 @@ def test_what_a_database_refused_is_pickled_and_copied(db: Database, seen: Seen)
         "all_at_once",
         "while_a_request_gives_back",
         "with_multiprocessing",
+        "with_multiprocessing_in_a_request",
+        "in_a_context_of_its_own",
     ],
 )
 def test_forks(program: str, project: Project, database_url: str) -> None:

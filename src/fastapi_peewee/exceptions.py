@@ -132,8 +132,10 @@ class LeaseForked(LeaseError):
 
     def __init__(self) -> None:
         super().__init__(
-            "This connection belongs to the parent process. After a fork, leave the inherited "
-            "block and begin a new one: sharing one socket between processes corrupts both."
+            "This connection belongs to the parent process: sharing one socket between processes "
+            "corrupts both. A process that `os.fork()` made inside of a request or block can use "
+            "the database in `contextvars.Context().run(fn)`. One that `multiprocessing` made "
+            "can do so anywhere; or fork outside of the block."
         )
 
 

@@ -8,13 +8,14 @@ import math
 import os
 import threading
 import warnings
+import weakref
 from _thread import start_new_thread
 from asyncio.events import _get_running_loop
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
-from sys import _getframe
+from sys import _getframe, modules
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -72,9 +73,28 @@ _inherited: list[Any] = []  # a parent's connections: kept, since closing one wo
 _sync_allowed: ContextVar[bool] = ContextVar("fastapi_peewee_sync_allowed", default=False)
 
 
+_states: "weakref.WeakSet[PeeweeConnectionState]" = weakref.WeakSet()
+
+
 def _forked() -> None:
     global _generation
     _generation += 1
+    # It calls this before its child's target, in that thread. It isn't imported, which takes 5 ms.
+    util = modules.get("multiprocessing.util")
+    if util is not None:
+        util.register_after_fork(_states, _leave_inherited)
+
+
+def _leave_inherited(states: "weakref.WeakSet[PeeweeConnectionState]") -> None:
+    """Forget the request and the blocks inside of which this process was forked: its code never
+    returns to them.
+    """
+    request = RequestScope.current
+    _inherited.append(request.get())
+    request.set(None)
+    for state in states:
+        _inherited.append(state._state.get())
+        state.bind(None)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
@@ -341,6 +361,7 @@ class PeeweeConnectionState(_ConnectionState):
         set_attribute = super().__setattr__
         set_attribute("_state", ContextVar("fastapi_peewee_state", default=None))
         set_attribute("_thread", threading.local())
+        _states.add(self)
 
     def lease(self) -> Lease | None:
         """The lease in force here, or None. Raises `LeaseEnded` or `LeaseForked` if it is over."""
