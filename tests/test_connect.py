@@ -32,6 +32,31 @@ from tests.apps import connected
         ),
         ("postgres:///name?host=/run/pg", PostgresqlDatabase, "name", {"host": "/run/pg"}),
         (
+            "postgresql://u:p%40%2F@%2FRun%2Fpg:5433/name",
+            PostgresqlDatabase,
+            "name",
+            {"user": "u", "password": "p@/", "host": "/Run/pg", "port": 5433},
+        ),
+        (
+            "postgresql://u@[fe80::1%25Eth0]:5433/name",
+            PostgresqlDatabase,
+            "name",
+            {"user": "u", "host": "fe80::1%Eth0", "port": 5433},
+        ),
+        (
+            "postgresql://%2FRun/name?host=a,b&port=1,2",
+            PostgresqlDatabase,
+            "name",
+            {"host": "a,b", "port": "1,2"},
+        ),
+        ("mysql://u@%2FRun%2Fmy.sock/name", MySQLDatabase, "name", {"unix_socket": "/Run/my.sock"}),
+        (
+            "mariadb:///name?host=/run/my.sock",
+            MySQLDatabase,
+            "name",
+            {"unix_socket": "/run/my.sock"},
+        ),
+        (
             "mysql://u:p%2Fw@h/name",
             MySQLDatabase,
             "name",
@@ -64,6 +89,7 @@ def test_pool_settings_may_stand_in_the_url() -> None:
         ("app.db", "scheme ''"),
         ("postgresql://name", "names no database.*postgresql:///name"),
         ("sqlite://app.db", "names no database.*sqlite:///name"),
+        ("postgresql://u@a:1,b:2/name", r"Several hosts.*\?host=a,b&port=5432,5433"),
         ("sqlite:///a.db?pool_size=0", "pool_size must be at least 1, got: 0"),
     ],
 )

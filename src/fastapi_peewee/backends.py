@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from .database import Database
 from .mysql import MySQLDatabase
@@ -29,9 +30,16 @@ def _parse(url: str) -> tuple[str, dict[str, Any] | None]:
     scheme = url.partition("://")[0].strip().lower() if "://" in url else ""
     scheme = scheme if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else ""
     try:
-        return scheme, parse(url, unquote_password=True, unquote_user=True)
+        parameters = parse(url, unquote_password=True, unquote_user=True)
+        parts = urlsplit(url)
     except ValueError:
         return scheme, None
+    if "%" in (parts.hostname or "") and parameters["host"] == parts.hostname:
+        # A folder of sockets, or an address with a zone. `hostname` is in lower case.
+        host = re.match(r"\[(.*)\]|([^:]*)", parts.netloc.rpartition("@")[2])
+        assert host is not None
+        parameters["host"] = unquote(host[1] or host[2])
+    return scheme, parameters
 
 
 _POOL_NAMES = {"max_connections": "pool_size", "stale_timeout": "max_lifetime"}
@@ -59,8 +67,9 @@ def connect(
         db = connect("mysql://user:password@host:3306/name")    # MySQL and MariaDB
 
     Args:
-        url: as above. User and password are percent-decoded. What follows a `?` is passed on as
-            options: `postgresql:///name?host=/run/postgresql&pool_size=20`.
+        url: as above. User, password and host are percent-decoded; a host that begins with a slash
+            is a Unix socket (MySQL) or the folder of one (PostgreSQL). What follows a `?` is passed
+            on as options: `postgresql:///name?host=/run/postgresql&pool_size=20`.
         pool_size: the greatest number of connections that requests and tasks use at a time.
             Synchronous code outside of requests has one more for each thread.
         timeout: seconds to wait for a connection, then `PoolTimeout`.
@@ -93,7 +102,8 @@ def connect(
         raise ValueError(
             "The URL can't be taken apart. Most likely user or password have a character that "
             "means something else in a URL, such as / ? # [ or @. Percent-encode them: "
-            "urllib.parse.quote(password, safe='')."
+            "urllib.parse.quote(password, safe=''). Several hosts of PostgreSQL are options: "
+            "postgresql://user:password@/name?host=a,b&port=5432,5433."
         )
     if not parameters.get("database") or (
         database_class is SqliteDatabase and "host" in parameters
@@ -104,6 +114,8 @@ def connect(
         )
     if "passwd" in parameters:
         parameters["password"] = parameters.pop("passwd")
+    if database_class is MySQLDatabase and str(parameters.get("host")).startswith("/"):
+        parameters.setdefault("unix_socket", parameters.pop("host"))
     if scheme == "mariadb":
         parameters.setdefault("mariadb", True)
     for theirs, ours in _POOL_NAMES.items():
