@@ -9,13 +9,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
 import peewee
 import pytest
 
-from fastapi_peewee import InTransaction
+from fastapi_peewee import Database, InTransaction
 from soak.proxy import Proxy
 from soak.servers import Server
 from tests import live
@@ -141,6 +142,45 @@ async def test_a_server_that_says_a_last_word_before_it_is_gone(
             for _ in range(3):
                 assert (await http.get("/")).status_code == 200
         assert (db.pool_stats.idle, db.pool_stats.discarded) == (1, 2)
+
+
+@pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
+async def test_a_transaction_that_the_server_limits(own_server: Server, own_database: str) -> None:
+    """A transaction that PostgreSQL ends, since it is open for too long, is 503."""
+    async with connected(own_database) as db:
+        app = make_app(db)
+
+        @app.get("/")
+        def endpoint(held: InTransaction) -> None:
+            db.execute_sql("SET LOCAL transaction_timeout = 50")
+            db.execute_sql("SELECT pg_sleep(60)")
+
+        if await db.run(lambda: db.connection().info.server_version) < 170000:
+            pytest.skip("transaction_timeout is PostgreSQL 17's")
+        async with client(app) as http:
+            assert_unavailable(await http.get("/"))
+
+
+@pytest.mark.parametrize("own_server", ["postgres"], indirect=True)
+async def test_a_server_that_only_reads(own_server: Server, own_database: str) -> None:
+    """A write on a read-only server of PostgreSQL is 500, as in a read-only block; where the URL
+    asks for a server that writes, every request is 503 while there is none."""
+    async with connected(own_database) as db:
+        name = db.database
+        await db.aexecute_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+
+    def create(db: Database) -> None:
+        db.execute_sql("CREATE TABLE note ()")
+
+    asked_for = "target_session_attrs=read-write"
+    for url, status in ((own_database, 500), (f"{own_database}&{asked_for}", 503)):
+        async with connected(url) as db:
+            app = make_app(db)
+
+            app.get("/")(partial(create, db))
+
+            async with client(app) as http:
+                assert (await http.get("/")).status_code == status
 
 
 # More connections than the server has

@@ -42,6 +42,7 @@ _SQLSTATE: dict[str, Kind] = {
     "08007": "unknown",
     "57P": "unavailable",
     "25P03": "unavailable",
+    "25P04": "unavailable",
     "53300": "unavailable",
     "53100": "full",
 }
