@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import anyio.from_thread
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, Request, Response
@@ -306,6 +308,77 @@ async def test_a_stream_under_middleware_that_holds_its_beginning_back(
     scope["headers"] = [(b"accept-encoding", b"gzip")]
     await asyncio.wait_for(asyncio.create_task(app(scope, receive, send)), 10)
     assert messages[0]["status"] == 200
+    assert await db.count(numbered.select()) == (100 if reading == "iterate" else 200)
+    await back_to_rest(db)
+
+
+class FirstRow(StreamingResponse):
+    """Takes the first row before it sends its start, so that it could be a 404 still."""
+
+    async def stream_response(self, send: Send) -> None:
+        rows = aiter(self.body_iterator)
+        first: Any = await anext(rows)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": first.encode(), "more_body": True})
+        async for row in rows:
+            body: Any = row
+            await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class OwnCall(FirstRow):
+    """Iterates without Starlette's help."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.stream_response(send)
+
+
+class OwnTask(OwnCall):
+    """Iterates in a task of its own, as `sse-starlette` does."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.stream_response, send)
+
+
+@pytest.mark.parametrize("reading", ["atomic", "helper", "iterate"])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("response_class", [FirstRow, OwnCall, OwnTask])
+@pytest.mark.parametrize("middleware", ["none", "gzip", "base http"])
+async def test_a_stream_that_begins_before_its_response_in_a_class_of_ones_own(
+    db: Database, numbered: Any, middleware: str, response_class: Any, held: bool, reading: str
+) -> None:
+    """A block of its generator is no dependency's, whoever reads it, in whatever task."""
+    app = FastAPI()
+    if middleware == "gzip":
+        app.add_middleware(GZipMiddleware)
+    elif middleware == "base http":
+        app.add_middleware(BaseHTTPMiddleware, dispatch=wait_a_little)
+        app.add_middleware(BaseHTTPMiddleware, dispatch=wait_a_little)
+    Peewee(db).init_app(app)
+
+    @asynccontextmanager
+    async def session() -> AsyncIterator[None]:
+        async with db.atomic():
+            yield
+
+    async def rows() -> AsyncIterator[str]:
+        if reading == "iterate":
+            async for row in db.iterate(numbered.select(), buffer_size=7):
+                yield row.text
+        else:
+            async with session() if reading == "helper" else db.atomic():
+                for number in range(100):
+                    await numbered.acreate(text="written")
+                    yield f"{number:03}"
+
+    @app.get("/", dependencies=HOLDING if held else [])
+    async def stream() -> Any:
+        return response_class(rows())
+
+    async with client(app, raises=True) as http:
+        response = await asyncio.wait_for(http.get("/"), 10)
+    assert (response.status_code, len(response.text)) == (200, 300)
     assert await db.count(numbered.select()) == (100 if reading == "iterate" else 200)
     await back_to_rest(db)
 

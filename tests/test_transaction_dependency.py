@@ -337,6 +337,46 @@ async def test_a_transaction_in_the_default_scope_is_refused(
     assert db.pool_stats.in_use == 0
 
 
+@pytest.mark.parametrize("how", ["stack", "helper", "helper with a generator"])
+async def test_a_transaction_that_an_endpoint_leaves_open_is_refused(
+    db: Database, note: Any, how: str
+) -> None:
+    """Nobody would leave it before the response: an error says so, and nothing is kept."""
+    app = make_app(db)
+    stack = contextlib.AsyncExitStack()
+
+    async def inner() -> AsyncIterator[None]:
+        async with db.atomic():
+            yield
+
+    @contextlib.asynccontextmanager
+    async def helper() -> AsyncIterator[None]:
+        async with db.atomic():
+            yield
+
+    @contextlib.asynccontextmanager
+    async def delegating() -> AsyncIterator[None]:
+        async for _ in inner():
+            yield
+
+    blocks: dict[str, Callable[[], contextlib.AbstractAsyncContextManager[Any]]] = {
+        "stack": db.atomic,
+        "helper": helper,
+        "helper with a generator": delegating,
+    }
+
+    @app.post("/")
+    async def endpoint() -> None:
+        await stack.enter_async_context(blocks[how]())
+        await note.acreate(text="lost")
+
+    async with client(app, raises=True) as http:
+        with pytest.raises(RuntimeError, match="in the generator that it sends"):
+            await asyncio.create_task(http.post("/"))
+    await back_to_rest(db)
+    assert await db.count(note.select()) == 0
+
+
 def _letters() -> Iterator[str]:
     yield "a"
 

@@ -47,7 +47,7 @@ class _Block:
     _on: Lease | None  # entered with `with`: the lease in force there
     _keeps_work = True  # what was done in it may be lost
     _lent = False  # entered by a `yield` dependency, which left the turn to the endpoint
-    streams = False  # entered by a generator that is sent, not by a dependency
+    streams = False  # entered by an async generator that is read, not by a dependency
     _lease: Lease  # entered with `async with`
     _left: bool
     _entered: Any

@@ -190,7 +190,8 @@ async def _before_response(request: RequestScope) -> None:
         raise RuntimeError(
             "A transaction would be committed after the response, so that a failing COMMIT could "
             "no longer be reported. Use the alias `InTransaction`, or "
-            '`Depends(…, scope="function")` for a `yield` dependency that holds a transaction.'
+            '`Depends(…, scope="function")` for a `yield` dependency that holds a transaction. A '
+            "stream enters its own in the generator that it sends."
         )
     await _release(request)
 

@@ -568,30 +568,33 @@ def called_by_suspended() -> str | None:
     `ExitStack`, say, or the user's own context manager. That may be a generator as well, but isn't
     one that a server runs: elsewhere the code inside its `with` runs in the same thread.
     """
-    name, flags = _server("anyio", "starlette", "fastapi")
-    return name.partition(".")[0] if flags & CO_GENERATOR else None
-
-
-def called_by_stream() -> bool:
-    """Whether this is called by an async generator that is sent, and so not by a dependency."""
-    name, flags = _server("starlette", "fastapi")
-    return bool(flags & CO_ASYNC_GENERATOR) and name in ("starlette.responses", "fastapi.routing")
-
-
-def _server(*packages: str) -> tuple[str, int]:
-    """The nearest module of these packages that is running, and the flags of the code that it has
-    called, whatever of `contextlib`'s is in between. Empty and 0 if there is none.
-    """
     below, frame = _getframe(0), _getframe(1)
     while frame.f_back is not None:
-        name = str(frame.f_globals.get("__name__"))
-        package, _, inside = name.partition(".")
-        if inside and package in packages:
-            return name, below.f_code.co_flags
+        package, _, inside = str(frame.f_globals.get("__name__")).partition(".")
+        if inside and package in ("anyio", "starlette", "fastapi"):
+            return package if below.f_code.co_flags & CO_GENERATOR else None
         if package != "contextlib":
             below = frame
         frame = frame.f_back
-    return "", 0
+    return None
+
+
+def called_by_stream() -> bool:
+    """Whether this is called by an async generator that somebody reads, such as a stream: not by a
+    dependency or another context manager, whose generator `contextlib` runs.
+
+    Any response, in any task, may be the reader, and other generators may be in between: it's the
+    outermost one that counts.
+    """
+    streams, frame = False, _getframe(1)
+    while frame.f_back is not None:
+        package, _, inside = str(frame.f_back.f_globals.get("__name__")).partition(".")
+        if frame.f_code.co_flags & CO_ASYNC_GENERATOR:
+            streams = package != "contextlib"
+        if inside and package in ("starlette", "fastapi"):
+            break
+        frame = frame.f_back
+    return streams
 
 
 def called_by_peewee() -> bool:
