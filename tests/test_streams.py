@@ -1,17 +1,18 @@
 """What comes after a response has started: streams and background tasks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import anyio.from_thread
 import pytest
-from fastapi import BackgroundTasks, Depends, FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse
+from starlette.background import BackgroundTask
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,6 +81,88 @@ async def test_background_tasks_that_are_sync(db: Database, note: Any, kind: str
     async with client(app, raises=True) as http:
         assert (await http.get("/")).status_code == 200
     assert await db.count(note.select()) == 2
+
+
+@pytest.mark.parametrize("how", ["set", "added", "mixed in"])
+async def test_background_tasks_that_a_subclass_sets_on_the_response(
+    db: Database, note: Any, how: str
+) -> None:
+    """They get a lease as the endpoint's own do, though our handler hadn't seen them."""
+
+    def write(text: str) -> None:
+        note.create(text=text)
+
+    class Logging(PeeweeRoute if how == "set" else APIRoute):  # type: ignore[misc]
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = super().get_route_handler()
+
+            async def logged(request: Request) -> Response:
+                response: Response = await handler(request)
+                if how == "added":
+                    tasks = response.background
+                    assert isinstance(tasks, BackgroundTasks)
+                    tasks.add_task(write, "subclass")
+                else:
+                    response.background = BackgroundTask(write, "subclass")
+                return response
+
+            return logged
+
+    class Both(Logging, PeeweeRoute): ...
+
+    route_class = Logging if how == "set" else Both
+    router = APIRouter(route_class=route_class)
+
+    @router.get("/")
+    def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(write, "endpoint")
+
+    app = make_app(db, route_class)
+    app.get("/direct")(endpoint)
+    app.include_router(router, prefix="/included")
+    async with client(app, raises=True) as http:
+        for path in ("/direct", "/included/"):
+            assert (await http.get(path)).status_code == 200
+    texts = ["endpoint", "subclass"] if how == "added" else ["subclass"]
+    assert [row.text for row in await note.select().order_by(note.id).aexecute()] == texts * 2
+    assert db.pool_stats.in_use == 0
+
+
+async def test_a_subclass_may_return_any_application(db: Database) -> None:
+    """As on a plain route, its handler's answer needs to be nothing more than one."""
+
+    class Route(PeeweeRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            async def handle(request: Request) -> Any:
+                return JSONResponse({}).__call__
+
+            return handle
+
+    app = make_app(db, Route)
+    app.get("/")(lambda: None)
+    async with client(app, raises=True) as http:
+        assert (await http.get("/")).json() == {}
+
+
+async def test_a_sync_background_task_that_adds_another_one(db: Database, note: Any) -> None:
+    """Starlette runs what is added while the tasks run: it gets a lease of its own, too."""
+    app = make_app(db)
+
+    @app.get("/")
+    def endpoint(tasks: BackgroundTasks) -> None:
+        def first() -> None:
+            note.create(text="first")
+            tasks.add_task(note.create, text="second")
+
+        tasks.add_task(first)
+
+    async with client(app, raises=True) as http:
+        assert (await http.get("/")).status_code == 200
+    assert [row.text for row in await note.select().order_by(note.id).aexecute()] == [
+        "first",
+        "second",
+    ]
+    assert db.pool_stats.in_use == 0
 
 
 @pytest.mark.parametrize("retried", [False, True])

@@ -8,7 +8,7 @@ FastAPI keeps private are imported here and nowhere else.
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -69,6 +69,22 @@ class PeeweeRoute(APIRoute):
         if set(kwargs.get("methods") or ()) & {"POST", "PUT", "PATCH", "DELETE"}:
             responses = {**CONFLICT, **responses}
         super().__init__(path, endpoint, responses=responses, **kwargs)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        theirs = cls.get_route_handler
+
+        @functools.wraps(theirs)
+        def get_route_handler(self: Any) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handler = theirs(self)
+
+            async def handle(request: Request) -> Response:
+                # A subclass may have set background tasks on what our handler returned.
+                return _leased(await handler(request))
+
+            return handle
+
+        cls.get_route_handler = get_route_handler  # type: ignore[method-assign]
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         # An included router's route is built once more for each inclusion, from this context.
@@ -278,14 +294,31 @@ def _with_leased_background(
             if isinstance(error.body, _Outcome):
                 error.body = error.body.returned
             raise
-        background = response.background
-        if background is not None:
-            tasks = background.tasks if isinstance(background, BackgroundTasks) else [background]
-            for task in tasks:
-                _lease(task)
-        return response
+        return _leased(response)
 
     return handle
+
+
+def _leased(response: Response) -> Response:
+    background = getattr(response, "background", None)
+    if isinstance(background, BackgroundTasks):
+        background.tasks = _LeasedTasks(background.tasks)
+    elif background is not None:
+        _lease(background)
+    return response
+
+
+class _LeasedTasks(list[BackgroundTask]):
+    """What a running task adds to the list gets a lease, too."""
+
+    def __init__(self, tasks: Iterable[BackgroundTask]) -> None:
+        super().__init__(tasks)
+        for task in self:
+            _lease(task)
+
+    def append(self, task: BackgroundTask) -> None:
+        _lease(task)
+        super().append(task)
 
 
 def _lease(task: Any) -> None:
