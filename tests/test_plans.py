@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -84,6 +84,10 @@ class Unordered(BaseModel):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     items: tuple[ItemOut, ...]
+
+
+class Lazily(BaseModel):
+    items: Iterable[ItemOut]
 
 
 class Few(BaseModel):
@@ -252,6 +256,8 @@ CASES: dict[str, tuple[Callable[[Any], Any], Any, str, str]] = {
         "excluded now and then",
     ),
     "no list": (lambda m: m.User.select(), list[Unordered], "instances", "isn't a plain list"),
+    "an iterable": (lambda m: m.User.select(), Iterable[UserOut], "json", ""),
+    "an iterable inside": (lambda m: m.User.select(), list[Lazily], "json", ""),
     "a list of a length": (lambda m: m.User.select(), list[Few], "rows", "limited in length"),
     "a list of None": (
         lambda m: m.User.select(),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,13 +128,14 @@ async def test_the_hooks(db: Database, books: Any) -> None:
 
 
 @pytest.mark.parametrize("type_", [Plain, Checked], ids=["json plan", "another plan"])
-async def test_lines(db: Database, books: Any, type_: Any) -> None:
+@pytest.mark.parametrize("many", [list, Iterable])
+async def test_lines(db: Database, books: Any, type_: Any, many: Any) -> None:
     """`stream="jsonl"` sends one JSON text a line, whichever the plan is."""
     app = make_app(db)
 
     @app.get("/", response_model=None)
     def lines() -> Any:
-        return respond(books.select().order_by(books.id), list[type_], stream="jsonl")
+        return respond(books.select().order_by(books.id), many[type_], stream="jsonl")
 
     async with client(app) as http:
         response = await http.get("/")

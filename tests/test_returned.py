@@ -4,16 +4,18 @@ import asyncio
 import functools
 import gc
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
 import peewee
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, Response
+from fastapi.exceptions import ResponseValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, Tag, field_validator
 
 from fastapi_peewee import (
     Database,
@@ -26,6 +28,7 @@ from fastapi_peewee import (
     prepared,
     respond,
 )
+from fastapi_peewee.loading import Plans
 from tests.apps import client, connected, make_app
 from tests.apps import db as db
 from tests.shop import BareUserOut, ItemOut, Models, UserOut
@@ -137,6 +140,130 @@ async def test_one_row_or_none(db: Database, models: Models, kind: str) -> None:
     add(app, kind, "/none", lambda: None, response_model=UserOut | None)
     assert await answer(app) == (200, None)
     assert await answer(app, "/none") == (200, None)
+
+
+class AdaOut(BaseModel):
+    id: int
+    name: Literal["Ada"]
+    items: list[ItemOut]
+
+
+class BobOut(BaseModel):
+    id: int
+    name: Literal["Bob"]
+    items: list[ItemOut]
+
+
+class Endless(RootModel["UserOut | Endless"]): ...
+
+
+#: Types that one row becomes, and what they are where no row is an answer.
+ONES: dict[str, tuple[Any, Any]] = {
+    "union": (AdaOut | BobOut, AdaOut | BobOut | None),
+    "discriminated": (
+        Annotated[AdaOut | BobOut, Field(discriminator="name")],
+        Annotated[AdaOut | BobOut | None, Field(discriminator="name")],
+    ),
+    "tagged": (
+        Annotated[AdaOut, Tag("a")] | Annotated[BobOut, Tag("b")],
+        Annotated[AdaOut, Tag("a")] | Annotated[BobOut, Tag("b")] | None,
+    ),
+    "root": (RootModel[UserOut], RootModel[UserOut] | None),
+    "root of a union": (RootModel[AdaOut | BobOut], RootModel[AdaOut | BobOut | None]),
+    "union of roots": (
+        RootModel[AdaOut] | RootModel[BobOut],
+        RootModel[AdaOut] | RootModel[BobOut] | None,
+    ),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("name", ONES)
+async def test_one_row_of_a_union_or_a_root_model(
+    db: Database, models: Models, statements: list[str], kind: str, name: str
+) -> None:
+    """A union of models and a root model of one take the first row, as a model does."""
+    app = make_app(db)
+    User = models.User
+    type_, optional = ONES[name]
+    ids = iter([2, 1, 3])
+    add(app, kind, "/", lambda: User.select().where(User.id >= next(ids)).order_by(User.id),
+        response_model=type_)  # fmt: skip
+    add(app, kind, "/optional", lambda: User.select().where(User.id == 3), response_model=optional)
+    add(app, kind, "/none", lambda: None, response_model=type_)
+    assert await answer(app) == (200, BOB)
+    statements.clear()
+    assert await answer(app) == (200, ADA)
+    assert "LIMIT" in statements[0]
+    assert await answer(app) == (404, {"detail": "User not found"})
+    assert await answer(app, "/optional") == (200, None)
+    assert await answer(app, "/none") == (404, {"detail": "Not found"})
+
+
+@KINDS
+async def test_a_union_with_something_else_than_models(
+    db: Database, models: Models, kind: str
+) -> None:
+    """It gets all rows; a root model that contains itself is such a type, too."""
+    app = make_app(db)
+    User = models.User
+    add(app, kind, "/", lambda: User.select().order_by(User.id),
+        response_model=UserOut | list[UserOut])  # fmt: skip
+    add(app, kind, "/root", lambda: User.select().order_by(User.id),
+        response_model=RootModel[list[UserOut]])  # fmt: skip
+    assert await answer(app) == (200, [ADA, BOB])
+    assert await answer(app, "/root") == (200, [ADA, BOB])
+    assert not Plans(Endless).response.one
+
+
+class Lazily(BaseModel):
+    id: int
+    name: str
+    items: Iterable[ItemOut]
+
+
+class CheckedLazily(Checked):
+    @field_validator("items", mode="before")
+    @classmethod
+    def reversed_twice(cls, items: Any) -> Any:
+        return list(items)[::-1][::-1]
+
+
+@KINDS
+@pytest.mark.parametrize("item", [UserOut, Lazily, CheckedLazily])
+@pytest.mark.parametrize("returned", ["query", "list"])
+@pytest.mark.parametrize("way", ["route", "options", "respond"])
+async def test_an_iterable(
+    db: Database, models: Models, kind: str, way: str, returned: str, item: Any
+) -> None:
+    """Pydantic validates an `Iterable` as it is sent: it's read before, as a list is."""
+    app = make_app(db)
+    users = [await models.User.aget_by_id(id_) for id_ in (1, 2)]
+
+    def value() -> Any:
+        return models.User.select().order_by(models.User.id) if returned == "query" else users
+
+    if way == "respond":
+        add(app, kind, "/", lambda: respond(value(), Iterable[item]), response_model=None)
+    else:
+        options = {"response_model_exclude_none": True} if way == "options" else {}
+        add(app, kind, "/", value, response_model=Iterable[item], **options)
+    add(app, kind, "/none", lambda: None, response_model=Iterable[item] | None)
+    expected = [ADA, BOB]
+    if item is CheckedLazily:
+        expected = [{**each, "name": str(each["name"]).upper()} for each in expected]
+    assert await answer(app) == (200, expected)
+    assert await answer(app, "/none") == (200, None)
+
+
+async def test_an_iterable_that_does_not_fit(db: Database, models: Models) -> None:
+    """It's an error of the program, as a list that doesn't fit is."""
+    app = make_app(db)
+    app.get("/", response_model=Iterable[AdaOut])(lambda: list(models.User.select()))
+    async with client(app, raises=True) as http:
+        with pytest.raises(ResponseValidationError, match="Input should be 'Ada'"):
+            await http.get("/")
+    assert db.pool_stats.in_use == 0
 
 
 @KINDS

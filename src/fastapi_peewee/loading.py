@@ -162,8 +162,7 @@ class Plans:
         return loaded
 
     def _check_missing(self, model: Any) -> None:
-        response = self.response
-        if response.schema is not None and not response.many and not response.nullable:
+        if self.response.one and not self.response.nullable:
             raise (peewee.DoesNotExist if model is None else model.DoesNotExist)
 
 

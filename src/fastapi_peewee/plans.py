@@ -220,7 +220,7 @@ class InstancePlan(Plan):
         query._cursor_wrapper = None
         with one_snapshot(db, self._statements()):
             found = complete(db, list(query.execute(db)), self.response)
-        if self.response.many or self.response.schema is None:
+        if not self.response.one:
             return found
         return found[0] if found else None
 
@@ -272,7 +272,7 @@ def plan(
         SchemaError: the response type contains itself, to no stated depth.
     """
     _check_depth(query, response)
-    if not response.many and response.schema is not None and isinstance(query, BaseModelSelect):
+    if response.one and isinstance(query, BaseModelSelect):
         query = query.limit(_ONE) if query._limit is None else query
     try:
         if response.schema is None:

@@ -39,6 +39,9 @@ _AGGREGATES = {
 #: What Pydantic puts around a schema that has validators or serialisers.
 _AROUND = {"default", "function-after", "function-before", "function-wrap", "nullable"}
 
+#: An `Iterable` is validated as it is read.
+_LISTS = ("list", "generator")
+
 #: Two fields of one class that are followed 10 levels deep are 184,756 ways through them.
 _MOST_RELATIONS = 1000
 
@@ -57,9 +60,10 @@ class Response:
     Attributes:
         adapter: Pydantic's.
         many: whether it is a list.
+        one: whether it is a model, or a union of nothing but models.
         nullable: whether `None` is an answer.
         whole: whether a list has a validator or a serialiser around it, which needs all rows.
-        schema: the core schema of the model; None for other types.
+        schema: the core schema of the model; None for other types, unions among them.
         endless: whether, for a model met so far, it contains itself to no stated depth.
     """
 
@@ -68,7 +72,8 @@ class Response:
         self.adapter: TypeAdapter[Any] = TypeAdapter(type_)
         self._definitions: dict[str, Any] = {}
         core, self.nullable, self._odd = self._unwrap(self.adapter.core_schema)
-        self.many = core["type"] == "list" and not set(core) - {"type", "items_schema", "metadata"}
+        self._lazy = core["type"] == "generator"
+        self.many = core["type"] in _LISTS and not set(core) - {"type", "items_schema", "metadata"}
         self.whole = self.many and self._odd
         if self.many:
             core, optional_items, odd = self._unwrap(core["items_schema"])
@@ -76,6 +81,7 @@ class Response:
             if optional_items:
                 core = {"type": "nullable"}
         self.schema = core if core["type"] == "model" and not core.get("root_model") else None
+        self.one = not self.many and self._is_one(core)
         self.endless = False
         self._trees: dict[Any, Tree] = {}
 
@@ -110,12 +116,24 @@ class Response:
         Raises:
             pydantic.ValidationError: one doesn't fit the type.
         """
-        adapter = self.adapter
-        with self.no_endless_loads():
-            values = adapter.validate_python(rows, from_attributes=True)
         # Each as a list of one: for what has no type of its own, as NaN in a JSON column, Pydantic
         # asks the configuration of the outermost type, which a model alone would be.
-        return [adapter.dump_json([value], by_alias=True)[1:-1] for value in values]
+        listed = iter if self._lazy else list
+        dump = self.adapter.dump_json
+        return [dump(listed([value]), by_alias=True)[1:-1] for value in self.validated(rows)]
+
+    def validated(self, value: Any) -> Any:
+        """What Pydantic makes of instances or dictionaries.
+
+        Raises:
+            pydantic.ValidationError: it doesn't fit the type.
+        """
+        with self.no_endless_loads():
+            return self.read(self.adapter.validate_python(value, from_attributes=True))
+
+    def read(self, value: Any) -> Any:
+        """Have an `Iterable` validated, while there is a connection for the relations."""
+        return iter(list(value)) if self._lazy and value is not None else value
 
     def no_endless_loads(self) -> AbstractContextManager[None]:
         """Around the validation of instances.
@@ -150,6 +168,20 @@ class Response:
             core, optional = self._resolve(core["schema"])
             nullable |= optional
         return core, nullable, odd or "serialization" in core
+
+    def _is_one(self, core: Any, in_root: bool = False) -> bool:
+        """Root models count as what is in them, unless that is one again: it may be the same."""
+        core, nullable, _ = self._unwrap(core)
+        self.nullable |= nullable
+        if core["type"] == "model":
+            return not core.get("root_model") or (
+                not in_root and self._is_one(core["schema"], in_root=True)
+            )
+        choices = core["choices"] if core["type"] in ("union", "tagged-union") else ()
+        if isinstance(choices, dict):
+            choices = choices.values()
+        cores = [each[0] if isinstance(each, tuple) else each for each in choices]
+        return bool(cores) and all(self._is_one(each, in_root) for each in cores)
 
     def _tree(self, core: Any, model: Any, above: tuple[_Step, ...], made: list[Tree]) -> Tree:
         """What a class asks of a model; `above` is the way to it, `made` are all trees so far."""
@@ -231,7 +263,7 @@ class Response:
         query = _first(metadata, peewee.BaseQuery)
         core, nullable, odd = self._unwrap(part["schema"])
         if many:
-            if core["type"] != "list":
+            if core["type"] not in _LISTS:
                 tree.instances.append(f"{key} is a list of rows, but {name} isn't a plain list")
                 return
             if set(core) - {"type", "items_schema", "metadata"}:

@@ -119,8 +119,7 @@ class QueryResponse(Response):
         if isinstance(value, Texts):
             return value
         try:
-            with self._plans.response.no_endless_loads():
-                return self._plans.response.adapter.validate_python(value, from_attributes=True)
+            return self._plans.response.validated(value)
         except ValidationError as error:
             raise ResponseValidationError(errors=error.errors(), body=value) from error
 

@@ -30,6 +30,7 @@ from fastapi.routing import (
     _endpoint_context_cache,
     _extract_endpoint_context,
 )
+from pydantic import ValidationError
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from .database import Database
@@ -207,7 +208,11 @@ class _Answers:
         with self.plans.response.no_endless_loads():
             if self._field is None:
                 return returned, jsonable_encoder(value, custom_encoder=_REFUSED), []
-            return returned, *self._field.validate(value, {}, loc=("response",))
+            value, errors = self._field.validate(value, {}, loc=("response",))
+            try:
+                return returned, self.plans.response.read(value), errors
+            except ValidationError as error:
+                return returned, None, list(error.errors())
 
     def _no_lazy_loads(self) -> AbstractContextManager[None]:
         request = RequestScope.current.get()
