@@ -1,5 +1,6 @@
 """Where in a request a query may run, and what happens where it may not."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi import BackgroundTasks, Depends, HTTPException
 from fastapi.routing import APIRoute
 
 from fastapi_peewee import BlockingQuery, ConnectedDb, Database, NoLease, PeeweeRoute, get_db
+from fastapi_peewee.lifecycle import PeeweeMiddleware
 from tests.apps import BLOCKS, back_to_rest, client, connected, make_app, refusal
 from tests.apps import db as db
 from tests.apps import note as note
@@ -300,3 +302,16 @@ async def test_connect_and_close_in_a_request(db: Database, note: Any, place: st
             assert (await http.get("/")).json() == [False, False, False]
         assert (await http.get("/close")).json() is False
     assert db.pool_stats.opened == opened
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket", "lifespan"])
+async def test_another_event_loop_than_asyncios_is_refused(db: Database, kind: str) -> None:
+    """As the application starts, and before a request takes anything: on trio."""
+
+    def without_asyncio() -> None:
+        middleware: Any = PeeweeMiddleware(make_app(db), db)
+        middleware({"type": kind}, None, None).send(None)
+
+    with pytest.raises(RuntimeError, match="not on trio"):
+        await asyncio.to_thread(without_asyncio)
+    assert db.pool_stats.in_use == 0

@@ -4,6 +4,7 @@ The middleware gives every request a scope, in which nothing is held until somet
 """
 
 import asyncio
+from asyncio.events import _get_running_loop
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeAlias
@@ -123,6 +124,12 @@ class PeeweeMiddleware:
         self.forbid_lazy_loads = forbid_lazy_loads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _get_running_loop() is None and isinstance(self.db, Database):
+            raise RuntimeError(
+                "fastapi-peewee runs on asyncio (uvicorn's loops, uvloop among them), not on trio. "
+                'In tests, let a fixture `anyio_backend` return "asyncio"; `TestClient` uses it by '
+                "default."
+            )
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

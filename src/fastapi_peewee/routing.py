@@ -73,7 +73,9 @@ class PeeweeRoute(APIRoute):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        theirs = cls.get_route_handler
+        theirs = cls.__dict__.get("get_route_handler")
+        if theirs is None:
+            return
 
         @functools.wraps(theirs)
         def get_route_handler(self: Any) -> Callable[[Request], Coroutine[Any, Any, Response]]:
