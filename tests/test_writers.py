@@ -15,7 +15,7 @@ import anyio
 import peewee
 import pytest
 
-from fastapi_peewee import Database
+from fastapi_peewee import Database, writers
 from fastapi_peewee.drivers import Returned
 from fastapi_peewee.writers import Writers, rest_of_patience
 from tests.apps import client, connected, make_app
@@ -251,24 +251,24 @@ def test_who_is_interrupted_as_its_turn_comes_passes_it_on(
 ) -> None:
     """A turn that is granted in the moment of an interrupt isn't lost, and the error is SQLite's;
     an interrupt of another connection is none."""
-    writers, conn, other = Writers(30), object(), object()
-    turn, _ = writers.enter(conn=other)
+    ours, conn, other = Writers(30), object(), object()
+    turn, _ = ours.enter(conn=other)
 
     class Interrupted(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
-            writers.interrupt(other)
+            ours.interrupt(other)
             assert not self.is_set()
-            writers.interrupt(conn)
+            ours.interrupt(conn)
             turn.release()
             return super().wait(timeout)
 
     monkeypatch.setattr(threading, "Event", Interrupted)
     with pytest.raises(sqlite3.OperationalError, match="interrupted") as failure:
-        writers.enter(conn=conn)
+        ours.enter(conn=conn)
     assert failure.value.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT
     assert failure.value.sqlite_errorname == "SQLITE_INTERRUPT"
     assert (turn.held, turn.waiting) == (0, 0)
-    writers.interrupt(conn)  # nobody waits
+    ours.interrupt(conn)  # nobody waits
 
 
 async def test_patience_has_an_end(db: Database, note: Any) -> None:
@@ -382,6 +382,30 @@ async def test_what_is_left_of_the_patience(db: Database) -> None:
     await db.run(look)
 
 
+async def test_an_interrupt_as_the_patience_is_told(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is Peewee's error, and the connection waits as long as ever afterwards."""
+    told = writers._busy_timeout
+
+    def interrupted(conn: Any, change: str = "") -> int:
+        milliseconds = told(conn, change)
+        if change == "= 20000":
+            raise sqlite3.OperationalError("interrupted")
+        return milliseconds
+
+    def hurry() -> int:
+        lease = db._state.lease()
+        assert lease is not None
+        refused = pytest.raises(peewee.OperationalError, match="interrupted")
+        with refused, rest_of_patience(lease, 10):
+            raise AssertionError
+        return told(lease.held.conn)
+
+    monkeypatch.setattr(writers, "_busy_timeout", interrupted)
+    assert await db.run(hurry) == 30000
+
+
 async def test_patience_that_can_not_be_restored(db: Database) -> None:
     """A connection that can't be told again how long it usually waits is used by nobody else."""
 
@@ -443,11 +467,11 @@ async def test_errors_while_rows_are_fetched_are_peewees(db: Database, fetch: An
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_after_a_fork_the_queue_is_empty() -> None:
     """Who had the turn in the parent isn't in the child."""
-    writers = Writers(0.01)
-    writers.enter()
+    ours = Writers(0.01)
+    ours.enter()
     pid = os.fork()
     if not pid:
-        writers.enter()[0].release()
+        ours.enter()[0].release()
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
 

@@ -98,8 +98,9 @@ def _hurried(lease: Lease, waited: float) -> Iterator[None]:
     conn = lease.root.held.conn
     with translate_driver_errors:
         usual = _busy_timeout(conn)
-        _busy_timeout(conn, f"= {max(usual - round(1000 * waited), 0)}")
     try:
+        with translate_driver_errors:  # interrupted, it may have been done
+            _busy_timeout(conn, f"= {max(usual - round(1000 * waited), 0)}")
         yield
     finally:
         try:
