@@ -466,6 +466,37 @@ async def test_a_stream_that_begins_before_its_response_in_a_class_of_ones_own(
     await back_to_rest(db)
 
 
+@ROUTES
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_stream_whose_first_row_the_endpoint_takes(
+    db: Database, note: Any, route_class: type[APIRoute], held: bool
+) -> None:
+    """The block that is open then is the generator's, and committed as it ends."""
+    app = make_app(db, route_class)
+
+    async def rows() -> AsyncIterator[str]:
+        async with db.atomic():
+            for number in range(3):
+                await note.acreate(text="written")
+                yield str(number)
+
+    async def both(first: str, others: AsyncIterator[str]) -> AsyncIterator[str]:
+        yield first
+        async for row in others:
+            yield row
+
+    @app.get("/", dependencies=HOLDING if held else [])
+    async def endpoint() -> StreamingResponse:
+        written = rows()
+        return StreamingResponse(both(await anext(written), written))
+
+    async with client(app, raises=True) as http:
+        response = await asyncio.create_task(http.get("/"))
+    assert response.text == "012"
+    assert await db.count(note.select()) == 3
+    await back_to_rest(db)
+
+
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
 @pytest.mark.parametrize("kind", ["iterate", "atomic", "json lines", "events"])
