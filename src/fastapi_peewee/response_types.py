@@ -5,6 +5,7 @@ told, the tree holds the reason in words, and `plans` takes a more general way.
 """
 
 import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from inspect import getattr_static
 from typing import Any, NamedTuple
@@ -133,7 +134,7 @@ class Response:
 
     def read(self, value: Any) -> Any:
         """Have an `Iterable` validated, while there is a connection for the relations."""
-        return iter(list(value)) if self._lazy and value is not None else value
+        return iter(list(value)) if self._lazy and isinstance(value, Iterator) else value
 
     def no_endless_loads(self) -> AbstractContextManager[None]:
         """Around the validation of instances.
