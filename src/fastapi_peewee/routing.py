@@ -73,8 +73,9 @@ class PeeweeRoute(APIRoute):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        theirs = cls.__dict__.get("get_route_handler")
-        if theirs is None:
+        theirs = cls.get_route_handler
+        ours = [base for base in cls.__mro__[1:] if issubclass(base, PeeweeRoute)]
+        if any(theirs is base.__dict__.get("get_route_handler") for base in ours):
             return
 
         @functools.wraps(theirs)

@@ -251,8 +251,7 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
             return None
     if sql != real_sql or len(slots) != len(real_parameters):
         return None  # a value has been made into SQL, by a converter
-    if query is shape.query and not index_of.keys() <= {
-        slot.tag for slot in slots if type(slot) is Slot
-    }:
+    # In a SELECT there may be values that are rendered elsewhere: of a window, say.
+    if write and not index_of.keys() <= {slot.tag for slot in slots if type(slot) is Slot}:
         return None  # a field's own code has made something of a tag
     return Template(sql, plan, constants, shape.values if shape.parameters else None)
