@@ -341,9 +341,6 @@ class CommitCallback(NamedTuple):
     fn: Callable[[], Any]
     lease: Lease | None
 
-    def __call__(self) -> Any:
-        return self.fn()
-
 
 class _MarkedSavepoint(_savepoint):
     """Peewee's savepoint, except that its `after_commit` callbacks are dropped with it, and that a
