@@ -260,12 +260,12 @@ class Database(AsyncNames, Reads):
         """Have `fn` called once the transaction is committed; at once if there is none.
 
         Args:
-            fn: takes no arguments. A plain function runs in the thread that has committed, an
+            fn: takes no arguments. A plain function runs in the thread that has committed; an
                 `async` one, or what a plain one returns to be awaited (`lambda: notify(user.id)`),
-                after those, on the event loop. All of them run, each kind in the
-                order of registration; one that raises is logged and harms no other. Those
-                registered in a savepoint that is rolled back are dropped. Outside of any block an
-                `async` one runs in a task of its own, which nobody waits for.
+                after those, on the event loop. All of them run, each kind in the order of
+                registration; one that raises is logged and harms no other. Those registered in a
+                savepoint that is rolled back are dropped. Outside of any block an `async` one runs
+                in a task of its own, which nobody waits for.
 
         Raises:
             ValueError: `fn` is `async`, but no event loop awaits this code.
