@@ -244,6 +244,40 @@ async def test_functions_reach_connections_that_exist_already(sqlite_url: str) -
     await db.close_pool()
 
 
+async def test_permanent_pragmas_reach_connections_that_exist_already(sqlite_url: str) -> None:
+    """A pragma made permanent late holds on every pooled connection, idle or in use."""
+    db = connect(sqlite_url)
+
+    def elsewhere() -> None:
+        db.pragma("cache_size", 77, permanent=True)
+        db.close()
+
+    async with db.connection_context():
+        assert await db.run(db.pragma, "cache_size") != 77
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await asyncio.to_thread(thread.join)
+    assert await db.run(db.pragma, "cache_size") == 77
+    await db.close_pool()
+
+
+def test_a_database_in_memory_is_let_go_when_another_is_opened() -> None:
+    """`db.init` again, as test fixtures do it, frees the memory of the database before."""
+    db = connect("sqlite://")
+    names = []
+    for _ in range(3):
+        db.init(":memory:")
+        db.execute_sql("CREATE TABLE row (id INTEGER)")
+        names.append(db.database)
+        db.close()
+    for name in names[:-1]:
+        conn = sqlite3.connect(name, uri=True)
+        assert conn.execute("SELECT name FROM sqlite_master").fetchall() == []
+        conn.close()
+    db.execute_sql("SELECT * FROM row")
+    db.close()
+
+
 async def test_counters_tell_what_the_pool_does(database_url: str) -> None:
     """`pool_stats` counts what is in use, idle, opened and closed."""
     db = connect(database_url, pool_size=2)
@@ -297,7 +331,19 @@ async def test_an_isolation_level_is_never_sql(database_url: str) -> None:
         ("SAVEPOINT s1", False),
         ('UPDATE "temperature" SET "v" = ("temperature"."v" + 1)', False),
         ('CREATE TABLE IF NOT EXISTS "x" ("id" INTEGER)', False),
+        ("select 1", False),
+        ('\n    SELECT "id"\n    FROM "user"\n', False),
+        ("-- the users'\n/* all of them */ (select 1)", False),
+        ("SHOW TABLES", False),
+        ("PRAGMA user_version", False),
         ("SET LOCAL sql_mode = ''", True),
+        ("--\nSET a = 1\nSELECT 1", True),
+        ("-- a\rSET a = 1\nSELECT 1", True),
+        ("/*! SET a = 1 */ SELECT 1", True),
+        ("/*M! SET a = 1 */ SELECT 1", True),
+        ("/* /* */ SELECT 1 */ SET a = 1", True),
+        ("SELECT 8 INTO@x", True),
+        ("UPDATE pg_settings SET setting = 'x' WHERE name = 'application_name'", True),
         ("SET TRANSACTION READ ONLY", True),
         ("SELECT 1; SET a.b = 'c'", True),
         ("CREATE TABLE pg_temp.x (y INTEGER)", True),

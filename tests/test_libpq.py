@@ -123,6 +123,26 @@ async def test_values(db: Database, mode: str, value: Any) -> None:
     await db.run(check)
 
 
+async def test_percent_signs_are_psycopgs(db: Database, note: Any) -> None:
+    """A percent sign that psycopg refuses is refused each time; formats of values are no matter."""
+
+    def ask(query: Any) -> Any:
+        try:
+            return query.scalar()
+        except peewee.ProgrammingError as error:
+            return str(error)
+
+    def check() -> None:
+        for sql in ("5 % 3", "'a' LIKE '%a%'", "'a' --%"):
+            for _ in range(4):
+                assert "placeholder" in ask(note.select(peewee.SQL(sql)))
+                db.rollback()
+        for n in range(4):
+            assert ask(note.select(peewee.SQL("%t || '%%' || %s", [f"{n}", "c"]))) == f"{n}%c"
+
+    await db.run(check)
+
+
 async def test_what_is_registered_later(db: Database) -> None:
     """What somebody adds to a connection's adapters holds from the next statement on."""
 

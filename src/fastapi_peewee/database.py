@@ -690,14 +690,18 @@ class Database(AsyncNames, Reads):
 
 # Statements that leave the session as it was. Everything else taints it: SET, LISTEN, CREATE
 # TEMPORARY TABLE, PRAGMA, ATTACH, LOCK, …; so do functions that set or lock something, variables,
-# tables in a temporary schema, and a second statement behind the first.
+# tables in a temporary schema, and a second statement behind the first. Comments in front are
+# skipped, unless MySQL runs what they hold (`/*! … */`, `/*M! … */`), or they hold others.
 _HARMLESS = re.compile(
-    r"\(?(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH|VALUES|EXPLAIN|SAVEPOINT|RELEASE|ROLLBACK|"
-    r"COMMIT|BEGIN|CREATE (UNIQUE |FULLTEXT )?(TABLE|INDEX)|ALTER TABLE|DROP (TABLE|INDEX)|"
-    r"TRUNCATE)\b"
+    r"([\s(]|--[ \t][^\r\n]*[\r\n]|/\*(?!M?!)((?!/\*|\*/).)*\*/)*"
+    r"(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH|VALUES|EXPLAIN|SHOW|DESC(RIBE)?|SAVEPOINT|RELEASE|"
+    r"ROLLBACK|COMMIT|BEGIN|CREATE (UNIQUE |FULLTEXT )?(TABLE|INDEX)|ALTER TABLE|"
+    r"DROP (TABLE|INDEX)|TRUNCATE|PRAGMA [\w.]+$)\b",
+    re.IGNORECASE | re.DOTALL,
 )
 _SETTING = re.compile(
-    r"\b(set_config|\w*advisory\w*lock\w*|get_lock)\b|\binto\s+(temp(orary)?\b|@)|"
+    r"\b(set_config|pg_settings|\w*advisory\w*lock\w*|get_lock)\b|"
+    r"\binto\s*(\stemp(orary)?\b|@)|"
     r"\b(pg_temp\w*|temp)[`\"]?\s*\.|@[\w.$`'\"]+\s*:?=|;\s*\S",
     re.IGNORECASE,
 )

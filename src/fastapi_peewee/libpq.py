@@ -25,11 +25,26 @@ _MOST = 300
 
 @functools.lru_cache(maxsize=1024)
 def _command(sql: str) -> bytes:
-    """The statement with `$1`, `$2`, … in the place of `%s`, and `%` for `%%`."""
-    numbers = iter(range(1, sql.count("%") + 1))
-    return re.sub(
-        "%[s%]", lambda found: "%" if found[0] == "%%" else f"${next(numbers)}", sql
-    ).encode()
+    """The statement with `$1`, `$2`, … in the place of `%s`, and `%` for `%%`.
+
+    Raises:
+        psycopg.ProgrammingError: a `%` is neither, as psycopg would.
+    """
+    numbers = itertools.count(1)
+
+    def replaced(found: re.Match[str]) -> str:
+        if found[0] == "%%":
+            return "%"
+        if found[0] not in ("%s", "%b", "%t"):  # formats, of which the values have their own
+            import psycopg
+
+            raise psycopg.ProgrammingError(
+                f"only '%s', '%b', '%t' are allowed as placeholders, got '{found[0]}': a percent "
+                "sign is written '%%'"
+            )
+        return f"${next(numbers)}"
+
+    return re.sub("%.", replaced, sql).encode()
 
 
 class Statements:

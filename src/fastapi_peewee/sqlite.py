@@ -114,6 +114,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
     writes_on_the_loop = True
 
+    #: Lets a database in memory go: with `db`, or when it is given another one.
+    _keeper: "weakref.finalize[..., Any] | None" = None
+
     if_unreachable = (
         "The directory of SQLite's file must exist and be writable, and so must the file: the "
         "write-ahead log is kept beside it. A file that is only read and isn't in that mode is "
@@ -147,15 +150,15 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         self._writers = Writers(patience)
 
     def init(self, database: str, pragmas: Any = None, **kwargs: Any) -> None:
-        self._keeper: sqlite3.Connection | None = None
+        former, self._keeper = self._keeper, None
         given = dict(pragmas or self._pragmas or {})
         defaults: dict[str, Any] = {"foreign_keys": 1}
         if database == ":memory:":
             # One database for all connections, until the last one of them is closed.
             database = f"file:/fastapi-peewee-{uuid.uuid4().hex}?vfs=memdb"
             kwargs["uri"] = True
-            self._keeper = sqlite3.connect(database, uri=True, check_same_thread=False)
-            weakref.finalize(self, self._keeper.close)
+            keeper = sqlite3.connect(database, uri=True, check_same_thread=False)
+            self._keeper = weakref.finalize(self, keeper.close)
         else:
             defaults["journal_mode"] = "wal"
         kwargs.setdefault("check_same_thread", False)
@@ -163,6 +166,8 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         kwargs["factory"] = type("Connection", (_KnownCursors, *given_factory, _Connection), {})
         kwargs.setdefault("timeout", self._busy_timeout)
         super().init(database, pragmas={**defaults, **given}, **kwargs)
+        if former is not None:
+            former()
 
     def _connect(self, limit: float = math.inf) -> Any:
         # Changing the journal mode doesn't obey the busy timeout: SQLite fails it at once if
@@ -326,6 +331,18 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             except (peewee.DatabaseError, peewee.InterfaceError):  # the pool's error says more
                 return None
         return inline.read(sql, params)
+
+    def pragma(
+        self,
+        key: str,
+        value: Any = peewee.SENTINEL,
+        permanent: bool = False,
+        schema: str | None = None,
+    ) -> Any:
+        result = super().pragma(key, value, permanent, schema)
+        if permanent:
+            self.close_all()  # those that exist lack it
+        return result
 
     def close_all(self) -> None:
         super().close_all()
