@@ -114,6 +114,35 @@ def test_the_key_of_an_inserted_row(
             assert Owned.insert(id=found).on_conflict_ignore().execute() is None
 
 
+@on("postgres")  # on the others an INSERT returns what one asks for
+@in_each_mode
+async def test_an_insert_can_be_read(mode: Mode) -> None:
+    """After `execute()` has said the key, or instead of it, a query has the row that came back;
+    none where none was inserted.
+    """
+
+    def insert(key: int, read: Callable[[Any], Any]) -> Any:
+        query = User.insert(id=key, name=f"user{key}")
+        assert query.execute() == key
+        assert [*query] == [*query] == [(key,)]
+        assert (len(query), query[0]) == (1, (key,))
+        nothing = User.insert(id=key, name="ann").on_conflict_ignore()
+        assert nothing.execute() is None
+        assert [*nothing] == []
+        return read(User.insert(name=f"other{key}", id=-key))
+
+    readings: list[tuple[Callable[[Any], Any], Callable[[int], Any]]] = [
+        (list, lambda key: [(key,)]),
+        (len, lambda _: 1),
+        (lambda query: query[0], lambda key: (key,)),
+        (lambda query: [*query.dicts()], lambda key: [{"id": key}]),
+        (lambda query: query.dicts().execute(), lambda key: key),
+    ]
+    for key in range(1, 16):  # the SQL is made, seen again, known
+        read, expected = readings[key % 5]
+        assert await mode.do(insert, key, read) == expected(-key)
+
+
 @in_each_mode
 async def test_driver_errors_become_peewees(mode: Mode) -> None:
     """Whatever the driver raises reaches the caller as an exception of Peewee's."""

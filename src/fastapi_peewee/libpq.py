@@ -219,6 +219,10 @@ class Cursor:
     def fetchone(self) -> Any:
         return next(self._rows, None)
 
+    def unread(self, row: Any) -> None:
+        """Put the row back that was fetched last."""
+        self._rows = itertools.chain((row,), self._rows)
+
     def fetchmany(self, size: int = 1) -> list[Any]:
         return list(itertools.islice(self._rows, size))
 

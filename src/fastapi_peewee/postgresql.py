@@ -211,8 +211,16 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         if query_type != peewee.Insert.SIMPLE or len(returned) != 1:
             return super().last_insert_id(cursor, query_type)
         # Peewee would find out about all columns of a cursor, to read one number.
-        row = cursor.cursor.fetchone()
-        return None if row is None else returned[0].python_value(row[0])
+        rows = cursor.cursor
+        row = rows.fetchone()
+        if row is None:
+            return None
+        # The query may be iterated over afterwards, for this row.
+        if type(rows) is Cursor:
+            rows.unread(row)
+        else:
+            rows.scroll(-1)
+        return returned[0].python_value(row[0])
 
     def open_rows(self, query: Any) -> Any:
         sql, params = self.get_sql_context().parse(query)
