@@ -18,7 +18,7 @@ import peewee
 import psycopg
 import pytest
 from fastapi import Depends, FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from fastapi_peewee import (
     BlockingQuery,
@@ -31,6 +31,7 @@ from fastapi_peewee import (
     respond,
 )
 from fastapi_peewee.libpq import Statements, column
+from fastapi_peewee.shapes import MANY
 from fastapi_peewee.sockets import Watch
 from soak.proxy import Proxy
 from tests.apps import back_to_rest, client, connected, make_app
@@ -707,6 +708,84 @@ async def test_as_many_statements_as_a_connection_knows(
         return int(count)
 
     assert await db.run(work) == 2
+
+
+@pytest.mark.parametrize("mode", ["thread", "loop"])
+async def test_statements_with_many_values_are_not_prepared(db: Database, mode: str) -> None:
+    """However often they come; that which has one value less is."""
+
+    def work() -> list[int]:
+        conn = db.connection()
+        statements = Statements(conn)
+        for length in (MANY, MANY + 1, MANY + 2, 1000):
+            sql = f"SELECT 7 IN ({', '.join(['%s'] * length)})"
+            for params in ([*range(length)], [*range(9, length + 9)], [*range(length)]):
+                found = (
+                    statements.run(sql, params)
+                    if mode == "thread"
+                    else asyncio.run(_arun(statements, sql, params))
+                )
+                assert statements.rows(found) == [(7 in params,)]
+        assert len(statements._names) == 1
+        prepared = conn.execute("SELECT parameter_types FROM pg_prepared_statements")
+        return [len(types) for (types,) in prepared]
+
+    assert await db.run(work) == [MANY]
+
+
+async def test_long_lists_leave_the_server_nothing(postgres_url: str) -> None:
+    """Lists of many lengths, in queries and in those that endpoints return with relations."""
+
+    class ItemOut(BaseModel):
+        text: str
+
+    class NoteOut(BaseModel):
+        id: int
+        items: list[ItemOut]
+
+    class StrictItemOut(ItemOut):
+        @field_validator("text")
+        @classmethod
+        def check(cls, text: str) -> str:
+            return text
+
+    class StrictOut(BaseModel):
+        id: int
+        items: list[StrictItemOut]  # Python has to check it: one statement for each relation
+
+    async with connected(postgres_url, pool_size=1) as db:
+
+        class Note(db.Model):
+            pass
+
+        class Item(db.Model):
+            note = peewee.ForeignKeyField(Note, backref="items")
+            text = peewee.TextField()
+
+        await db.acreate_tables([Note, Item])
+        ids = range(1, MANY + 31)
+        await db.run(Note.insert_many([{"id": i} for i in ids]).execute)
+        await Item.acreate(note=MANY, text="a")
+        app = make_app(db)
+
+        @app.get("/json", response_model=list[NoteOut])
+        async def built(length: int) -> Any:
+            return Note.select().where(Note.id << [*ids[:length]]).order_by(Note.id)
+
+        @app.get("/rows", response_model=list[StrictOut])
+        def rows(length: int) -> Any:
+            return Note.select().order_by(Note.id).limit(length)
+
+        expected = [{"id": i, "items": [{"text": "a"}] if i == MANY else []} for i in ids]
+        async with client(app) as http:
+            for length in range(MANY + 10, MANY + 30, 3):
+                for _ in range(3):
+                    for path in ("json", "rows"):
+                        answer = await http.get(f"/{path}?length={length}")
+                        assert answer.json() == expected[:length]
+        counted = "SELECT max(cardinality(parameter_types)) FROM pg_prepared_statements"
+        ((most,),) = await db.run(lambda: list(db.execute_sql(counted)))
+        assert most < 9
 
 
 async def test_a_connection_that_was_reset(postgres_url: str) -> None:

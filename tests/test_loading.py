@@ -21,6 +21,7 @@ from pydantic import (
 
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, Plan, RowPlan, Texts, plan
+from fastapi_peewee.shapes import MANY
 from tests.fidelity import connection
 from tests.shop import ItemOut, UserOut
 
@@ -524,6 +525,16 @@ def test_shapes_without_end(
         assert isinstance(texts, Texts)
         assert [user["id"] for user in json.loads(texts.body())] == [1]
         assert len(plans._compiled) <= 3
+
+
+def test_long_lists(db: Any, models: SimpleNamespace) -> None:
+    """Of lists of many lengths no statement is kept, and the answers are right each time."""
+    plans = Plans(list[UserOut])
+    for length in (MANY + 1, MANY + 2, 1000):
+        for _ in range(3):
+            query = models.User.select().where(models.User.id.in_([1] * length))
+            assert read(plans.load(query), plans) == [ADA]
+    assert not plans._compiled
 
 
 def test_instances_are_not_changed(db: Any, models: SimpleNamespace) -> None:

@@ -12,6 +12,7 @@ import peewee
 import pytest
 
 from fastapi_peewee import AsyncModel, Database
+from fastapi_peewee.shapes import MANY
 from tests import modes
 from tests.modes import (
     Mode,
@@ -47,6 +48,26 @@ def test_execute_compiles_a_query(mode: Mode) -> None:
     assert db.rows_affected(db.execute(User.insert(name="ann"))) == 1
     cursor = db.execute(User.select(User.name))
     assert list(cursor.fetchall()) == [("ann",)]
+
+
+@in_each_mode
+async def test_long_lists_of_many_lengths(mode: Mode) -> None:
+    """Each is answered rightly, in reads and writes, and of none is anything remembered."""
+    ids = range(1, MANY + 21)
+
+    def both(length: int) -> tuple[list[int], int]:
+        few = [*ids[:length]]
+        found = User.select(User.id).where(User.id << few).order_by(User.id)
+        changed = User.update(name=User.name.concat("!")).where(User.id << few)
+        return [user.id for user in found], changed.execute()
+
+    await mode.do(User.insert_many([{"name": f"user{i}"} for i in ids]).execute)
+    assert await mode.do(both, 3) == ([1, 2, 3], 3)
+    before = len(mode.db._sql_cache._templates)
+    for length in ids[MANY:]:
+        for _ in range(3):
+            assert await mode.do(both, length) == ([*ids[:length]], length)
+    assert len(mode.db._sql_cache._templates) == before
 
 
 @in_each_mode

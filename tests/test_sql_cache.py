@@ -1,7 +1,9 @@
 """SQL made once for each shape: what runs is, each time, what Peewee would have made."""
 
 import datetime
+import functools
 import json
+import operator
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from playhouse import sqlite_ext
 
 from fastapi_peewee import connect, sql_cache
-from fastapi_peewee.sql_cache import SqlCache
+from fastapi_peewee.shapes import MANY
+from fastapi_peewee.sql_cache import Known, SqlCache
 
 from .test_shapes import DATABASES, SQLITE, Base, Item, Label, User, exactly
 
@@ -372,6 +375,76 @@ def test_shapes_without_end_take_no_memory_without_end(monkeypatch: pytest.Monke
         cache.insertion(wide, {name: "a"})
         cache.insertion(wide, {name: "a"})
         assert len(cache._insertions) <= 10
+
+
+def long(length: int) -> dict[str, Any]:
+    """Queries with so many values."""
+    some = list(range(length))
+    cases = [(i, i) for i in some[1::2]]
+    ors = [User.age == i for i in some]
+    while len(ors) > 1:  # no deeper than Peewee can go
+        ors = [functools.reduce(operator.or_, ors[i : i + 9]) for i in range(0, len(ors), 9)]
+    by_ors = ors[0]
+    return {
+        "list": User.select().where(User.id << some),
+        "decimals": User.select().where(User.age << list(map(Decimal, some))),
+        "or": User.select().where(by_ors),
+        "values": peewee.ValuesList([(i,) for i in some], columns=["a"]).select(),
+        "update": User.update(name="a").where(User.id << some),
+        "update by cases": User.update({User.age: peewee.Case(User.id, cases, some[0])}),
+        "delete": User.delete().where(by_ors),
+    }
+
+
+@pytest.mark.parametrize("database", DATABASES, ids=lambda database: type(database).__name__)
+@pytest.mark.parametrize("name", long(1))
+def test_nothing_is_remembered_of_many_values(name: str, database: Any) -> None:
+    """However many lengths come, and however often: their number is that of the short ones."""
+    cache = SqlCache(database)
+    for length in (MANY - 1, MANY + 3, MANY + 9, 2 * MANY):
+        for _ in range(3):
+            query = long(length)[name]
+            found = from_cache(cache, query)
+            assert found in (None, made_anew(database, query))
+        assert (found is not None) is (length < MANY)
+        assert len(cache._templates) == 1
+
+
+def test_rows_of_many_columns_are_remembered() -> None:
+    """A model has as many columns as it has, and no more with each request."""
+    names = [f"field{number}" for number in range(MANY + 9)]
+    wide: Any = type("Broad", (Base,), {name: peewee.TextField(null=True) for name in names})
+    cache = SqlCache(SQLITE)
+    for text in "abc":
+        row = dict.fromkeys(names, text)
+        update = wide.update(**row).where(wide.id == 1)
+        found = from_cache(cache, update), inserted(cache, wide, row)
+    assert found == (made_anew(SQLITE, update), made_anew(SQLITE, wide.insert(**row)))
+
+
+def test_what_is_known_of_sql(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found out once for each text, but for those with many values. What is full begins
+    anew.
+    """
+    monkeypatch.setattr(sql_cache, "_KEPT", 3)
+    asked: list[str] = []
+
+    def ask(sql: str) -> int:
+        asked.append(sql)
+        return len(sql)
+
+    known = Known(ask)
+    for _ in range(2):
+        assert known["a"] == 1
+    assert asked == ["a"]
+    for param in ("?", "%s"):
+        texts = [", ".join([param] * count) for count in (MANY, MANY + 1)]
+        for _ in range(2):
+            assert [known[text] for text in texts] == list(map(len, texts))
+        assert [asked.count(text) for text in texts] == [1, 2]
+    assert len(known) == 3
+    assert known["b"] == 1
+    assert list(known) == ["b"]
 
 
 def test_databases_from_connect_run_what_they_remember(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ nothing here knows of FastAPI.
 """
 
 import asyncio
-import functools
 import inspect
 import logging
 import math
@@ -28,7 +27,7 @@ from .exceptions import BlockingQuery, FailedStatement, LeaseEnded
 from .pool import Pool, PoolStats
 from .reads import Reads
 from .retries import Backoff, Retrying, retrying
-from .sql_cache import SqlCache
+from .sql_cache import Known, SqlCache
 from .state import (
     Lease,
     PeeweeConnectionState,
@@ -707,10 +706,19 @@ _SETTING = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=1024)
-def changes_session(sql: str) -> bool:
-    """Whether a statement may leave something in the session for its next user to find."""
-    return _HARMLESS.match(sql) is None or _SETTING.search(sql) is not None
+#: Where there is none of these, `_SETTING` finds nothing, and takes long for it in a long text.
+_MARKS = ("set_config", "pg_settings", "lock", "temp", "@", ";")
+
+
+def _changes_session(sql: str) -> bool:
+    if _HARMLESS.match(sql) is None:
+        return True
+    text = sql.lower()
+    return any(mark in text for mark in _MARKS) and _SETTING.search(sql) is not None
+
+
+#: Whether a statement may leave something in the session for its next user to find.
+changes_session = Known(_changes_session).__getitem__
 
 
 _NOBODY_AWAITS = (

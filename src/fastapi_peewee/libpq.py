@@ -17,14 +17,15 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 from .drivers import wait_for
+from .shapes import MANY
 from .sockets import Steps, Watch
+from .sql_cache import Known
 
 #: How many statements a connection knows at most; each takes memory of the server's.
 _MOST = 300
 
 
-@functools.lru_cache(maxsize=1024)
-def _command(sql: str) -> bytes:
+def _numbered(sql: str) -> bytes:
     """The statement with `$1`, `$2`, … in the place of `%s`, and `%` for `%%`.
 
     Raises:
@@ -47,10 +48,13 @@ def _command(sql: str) -> bytes:
     return re.sub("%.", replaced, sql).encode()
 
 
+_command = Known(_numbered).__getitem__
+
+
 class Statements:
     """The statements that one connection has seen. Used by whoever has the turn of its lease.
 
-    A statement is prepared when it comes for the second time.
+    A statement is prepared when it comes for the second time, unless it has many values.
     """
 
     def __init__(self, conn: Any) -> None:
@@ -154,7 +158,7 @@ class Statements:
         name = self._names.get(key)
         if name is None:
             if key not in self._names:
-                if len(self._names) < _MOST:
+                if len(params) <= MANY and len(self._names) < _MOST:
                     self._names[key] = None
                 result = yield "exec_params", (_command(sql), values, types, formats)
                 return self._checked(result)

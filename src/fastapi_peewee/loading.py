@@ -129,7 +129,7 @@ class Plans:
             compiled = chosen.compile(db, shape)
             if compiled is not None:
                 if len(self._compiled) >= _SHAPES_KEPT:
-                    self._compiled.clear()  # shapes without end: lists of many lengths, say
+                    self._compiled.clear()  # shapes without end, as in `SqlCache`
                 self._compiled[id(db), shape.key] = compiled
         return chosen.load(db)
 

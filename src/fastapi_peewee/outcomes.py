@@ -5,7 +5,6 @@ tried again: it loses the connection before it has answered a COMMIT; it rolls a
 back while the block around it goes on; it answers COMMIT with ROLLBACK.
 """
 
-import functools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import peewee
 
 from .blocks import Transaction
 from .exceptions import OutcomeUnknown, TransactionAborted
+from .sql_cache import Known
 
 if TYPE_CHECKING:
     from .state import PeeweeConnectionState
@@ -25,10 +25,8 @@ _READS = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=1024)
-def only_reads(sql: str) -> bool:
-    """Whether nothing is unknown of a statement that isn't answered."""
-    return _READS.match(sql) is not None
+#: Whether nothing is unknown of a statement that isn't answered.
+only_reads = Known(lambda sql: _READS.match(sql) is not None).__getitem__
 
 
 class Outcomes(peewee.Database):

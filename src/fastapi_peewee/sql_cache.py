@@ -1,18 +1,38 @@
 """The SQL of ordinary Peewee queries, made once for all that differ in their values only."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from .shapes import SQL_MAKERS, WRITES, Shape, shape_of, shape_of_write
+from .shapes import MANY, SQL_MAKERS, WRITES, Shape, shape_of, shape_of_write
 from .templates import Template, compile_template
 
 #: How many shapes a database keeps, and how many kinds of rows.
 _KEPT = 1000
+
+T = TypeVar("T")
 
 
 class Statement(str):
     """The SQL of a query of Peewee's, of whose cursor nobody but Peewee will know."""
 
     __slots__ = ()
+
+
+class Known(dict[str, T]):
+    """What a function says of SQL, which is remembered: `Known(function)[sql]`. Of what has many
+    values it is asked each time.
+    """
+
+    def __init__(self, ask: Callable[[str], T]) -> None:
+        self._ask = ask
+
+    def __missing__(self, sql: str) -> T:
+        said = self._ask(sql)
+        if sql.count("?") + sql.count("%s") <= MANY:
+            if len(self) >= _KEPT:
+                self.clear()
+            self[sql] = said
+        return said
 
 
 class SqlCache:
@@ -68,7 +88,7 @@ class SqlCache:
         template = self._templates.get(shape.key, True)
         if template is True:
             if len(self._templates) >= _KEPT:
-                self._templates.clear()  # shapes without end: lists of many lengths, say
+                self._templates.clear()  # shapes without end: queries put together by clients, say
             self._templates[shape.key] = None
             return None
         if template is None:
