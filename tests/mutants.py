@@ -453,6 +453,20 @@ MUTANTS = [
         (Edit("sqlite", "SqliteDatabase.rollback", "self._state.conn.close_cursors()", "None"),),
         "tests/test_time_limits.py -k half_read",
     ),
+    Mutant(
+        "a fork leaves SQLite's idle connections open",
+        (
+            Edit(
+                "sqlite", "SqliteDatabase.close_unused", "self.pool.close_idle(wait=False)", "None"
+            ),
+        ),
+        "tests/test_files.py -k nobody_uses",
+    ),
+    Mutant(
+        "a forked process uses a file of SQLite's that was open",
+        (Edit("files", "_forked", "_open_at_fork.update(conn.files)", "None"),),
+        "tests/test_files.py -k in_use",
+    ),
 ]
 
 

@@ -38,6 +38,7 @@ ORDER = [
     "drivers",
     "sockets",
     "libpq",
+    "files",
     "inline",
     "writers",
     "group_commit",

@@ -485,12 +485,15 @@ def test_what_a_database_refused_is_pickled_and_copied(db: Database, seen: Seen)
         "all_at_once",
         "while_a_request_gives_back",
         "with_multiprocessing",
+        "with_a_parent_that_closes",
+        "while_another_thread_writes",
         "with_multiprocessing_in_a_request",
         "in_a_context_of_its_own",
     ],
 )
 def test_forks(program: str, project: Project, database_url: str) -> None:
-    """After a fork, parent and child go on working, each with connections of its own."""
+    """After a fork, parent and child go on working, each with connections of its own. A child that
+    can't, on SQLite, is told so."""
     # The connections that a child inherits stay open in it, by intention; and Python 3.12 warns of
     # any fork where there are threads.
     ignored = "ignore::ResourceWarning,ignore:This process:DeprecationWarning"

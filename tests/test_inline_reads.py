@@ -281,12 +281,13 @@ def test_two_may_close_it_at_once(database_file: str) -> None:
     inline = reader(database_file)
 
     class Late:
-        def __enter__(self) -> None:
+        def acquire(self, *, blocking: bool) -> bool:
             if inline._conn is not None:
                 inline._conn.close()
                 inline._conn = None
+            return blocking
 
-        def __exit__(self, *_: object) -> None:
+        def release(self) -> None:
             pass
 
     inline._lock = Late()  # type: ignore[assignment]

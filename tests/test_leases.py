@@ -263,16 +263,17 @@ async def test_who_waits_for_a_turn_as_the_block_ends_gets_an_error(end: str) ->
 
 
 def test_who_has_the_turn_does_not_wait_for_it(sqlite_url: str) -> None:
-    """Also before it has a connection: nobody else could give it the turn."""
+    """Also while it has no connection, which it gets then: nobody else could give it the turn."""
     db = connect(sqlite_url, timeout=0.05)
     lease = db.pool.acquire_blocking()
     token = db._state.bind(lease)
     lease.owner = threading.get_ident()
     db._ensure_connected(lease)
-    assert db.pool_stats.opened == 0
+    assert db.pool_stats.opened == 1
+    db.pool.let_go(lease)
     lease.give_turn()
     db._ensure_connected(lease)
-    assert db.pool_stats.opened == 1
+    assert db.pool_stats.opened == 2
     db._state._state.reset(token)
     db.pool.give_back(lease)
     asyncio.run(db.close_pool())

@@ -360,6 +360,8 @@ class Database(AsyncNames, Reads):
             turn = self.take_turn()
             if turn is not None:
                 turn.give_turn()
+            else:  # the thread has its turn, and what it had connected was let go before a fork
+                self.pool.connect(lease.root)
 
     def close_if_dead(self) -> None:
         """Close this thread's connection if it is of no more use, and no block around will do it.

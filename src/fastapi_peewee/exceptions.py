@@ -128,15 +128,29 @@ class LeaseEnded(LeaseError):
 
 
 class LeaseForked(LeaseError):
-    """A connection opened before `os.fork()` was used in the child process."""
+    """A connection opened before `os.fork()` was used in the child process; or, on SQLite, a file
+    that was in use then.
 
-    def __init__(self) -> None:
-        super().__init__(
-            "This connection belongs to the parent process: sharing one socket between processes "
-            "corrupts both. A process that `os.fork()` made inside of a request or block can use "
-            "the database in `contextvars.Context().run(fn)`. One that `multiprocessing` made "
-            "can do so anywhere; or fork outside of the block."
-        )
+    Args:
+        text: which of the two.
+    """
+
+    INHERITED = (
+        "This connection belongs to the parent process: sharing one socket between processes "
+        "corrupts both. A process that `os.fork()` made inside of a request or block can use "
+        "the database in `contextvars.Context().run(fn)`. One that `multiprocessing` made "
+        "can do so anywhere; or fork outside of the block."
+    )
+    OPEN_FILE = (
+        "This process was forked while a connection to its SQLite file was in use: in a block, "
+        "with a query half read, or by another thread. SQLite's locks don't survive a fork, so "
+        "what would be written here may be lost. Start the process outside of the block, and "
+        "before other threads use the database; or, wherever you like, with "
+        '`multiprocessing.get_context("spawn")` or "forkserver", Python 3.14\'s default.'
+    )
+
+    def __init__(self, text: str = INHERITED) -> None:
+        super().__init__(text)
 
 
 class TurnTimeout(LeaseError):

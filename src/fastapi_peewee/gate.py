@@ -51,6 +51,11 @@ class Gate:
         with self._lock:
             return self._take()
 
+    def acquire_unless_locked(self) -> bool:
+        """The same, also where this thread may be just inside of a method of the gate."""
+        # What isn't locked now, this thread can't have locked: others are soon done.
+        return not self._lock.locked() and self.acquire_nowait()
+
     async def acquire(self, timeout: float | None) -> bool:
         """Wait for a slot, at most `timeout` seconds. Returns whether one was given.
 

@@ -86,11 +86,14 @@ class InlineReader:
                 return
         conn.close()  # another one was faster
 
-    def close(self) -> None:
-        """Close the connection, if it is open; `open()` opens another one."""
-        if self.ready:
-            with self._lock:
-                conn, self._conn = self._conn, None
+    def close(self, *, wait: bool = True) -> None:
+        """Close the connection, if it is open; `open()` opens another one.
+
+        Without `wait`, only if nobody uses it.
+        """
+        if self.ready and self._lock.acquire(blocking=wait):
+            conn, self._conn = self._conn, None
+            self._lock.release()
             if conn is not None:
                 conn.close()
 

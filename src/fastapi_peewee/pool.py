@@ -490,12 +490,22 @@ class Pool:
         self._breaker = Breaker(self._clock)  # new ones may be opened in another way
         self.close_idle()
 
-    def close_idle(self) -> None:
-        """Close the connections that nobody uses."""
-        with self._lock:
+    def close_idle(self, *, wait: bool = True) -> None:
+        """Close the connections that nobody uses; without `wait`, if that can be done at once."""
+        if self._lock.acquire(blocking=wait):
             idle, self._idle = self._idle, []
-        for held in idle:
-            self._close(held)
+            self._lock.release()
+            for held in idle:
+                self._close(held)
+
+    def let_go(self, lease: Lease) -> None:
+        """Close the connection of a lease that goes on: `connect()` gives it another one.
+
+        Call it with the lease's turn.
+        """
+        held, lease.held, lease.state["conn"] = lease.held, None, None
+        self._lent.discard(held.conn)
+        self._close(held)
 
     @staticmethod
     def wear_out(lease: Lease) -> None:

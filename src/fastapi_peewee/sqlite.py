@@ -3,24 +3,27 @@
 import asyncio
 import functools
 import math
+import os
 import sqlite3
 import time
 import uuid
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from threading import get_ident
 from typing import Any
 
 import peewee
 
 from .database import REFUSED, Database
 from .drivers import ISOLATION_LEVELS, Returned, cause_of, isolation
+from .files import OpensFile, file_of
 from .group_commit import GroupCommit
 from .inline import InlineReader
 from .outcomes import only_reads
 from .pool import PoolStats
 from .reads import encoded
-from .state import Lease, translate_driver_errors
+from .state import Lease, called_by_peewee, translate_driver_errors
 from .watchdog import Stepwise
 from .writers import Writers, rest_of_patience
 
@@ -148,6 +151,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         super().__init__(database, pragmas, **kwargs)
         patience = min(float(busy_timeout), self.pool.statement_timeout or math.inf)
         self._writers = Writers(patience)
+        _databases[id(self)] = self
 
     def init(self, database: str, pragmas: Any = None, **kwargs: Any) -> None:
         former, self._keeper = self._keeper, None
@@ -163,7 +167,9 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
             defaults["journal_mode"] = "wal"
         kwargs.setdefault("check_same_thread", False)
         given_factory = [kwargs["factory"]] if "factory" in kwargs else []
-        kwargs["factory"] = type("Connection", (_KnownCursors, *given_factory, _Connection), {})
+        kwargs["factory"] = type(
+            "Connection", (OpensFile, _KnownCursors, *given_factory, _Connection), {}
+        )
         kwargs.setdefault("timeout", self._busy_timeout)
         super().init(database, pragmas={**defaults, **given}, **kwargs)
         if former is not None:
@@ -181,6 +187,49 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
                 if not busy or time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
+
+    def _attach_databases(self, conn: Any) -> None:
+        for database in self._attached.values():
+            conn.opens(database, uri=self.connect_params.get("uri", False))
+        super()._attach_databases(conn)
+
+    def connection(self) -> Any:
+        conn = super().connection()
+        if not called_by_peewee():
+            conn.handed_out = True
+        return conn
+
+    def close_unused(self) -> None:
+        """Close the connections to the file that nobody uses, and that of this thread or lease if
+        it has nothing that another one hasn't. It waits for nobody: see `files`.
+        """
+        if (
+            self.deferred
+            or file_of(self.database, uri=self.connect_params.get("uri", False)) is None
+        ):
+            return  # what is in memory would be gone
+        self.pool.close_idle(wait=False)
+        if self._inline is not None:
+            self._inline.close(wait=False)
+        schemas = {"main", *self._attached}
+        own = self._state.own_cell()
+        # Without `autoconnect` it would not come back.
+        if not own["closed"] and self.autoconnect and own["conn"].at_rest(schemas):
+            conn, own["conn"], own["closed"] = own["conn"], None, True
+            self.close_connection(conn)
+        lease = self._state.own_lease()
+        if lease is None or lease.root.held is None or lease.root.tainted:
+            return
+        if lease.state["transactions"]:  # of which the end would be missed
+            return
+        mine = lease.owner == get_ident()
+        if mine or lease.turn.acquire_unless_locked():
+            try:
+                if lease.root.held.conn.at_rest(schemas):
+                    self.pool.let_go(lease.root)
+            finally:
+                if not mine:
+                    lease.turn.release()
 
     def begin(
         self,
@@ -253,8 +302,10 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
                 return super()._execute_cursor(sql, params, **options)
             finally:  # it may be a COMMIT, or have failed in such a way that all was rolled back
                 _end_turn_if_over(state)
-        conn = None if lease.root.held is None else lease.root.held.conn
-        if conn is None or conn.in_transaction:
+        if lease.root.held is None:  # no more, since a fork
+            self._ensure_connected(lease)
+        conn = lease.root.held.conn
+        if conn.in_transaction:
             return super()._execute_cursor(sql, params, **options)
         with translate_driver_errors:
             gate, waited = self._writers.enter(conn=conn)
@@ -403,6 +454,20 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         if conn.in_transaction:
             conn.rollback()
         return not lease.tainted and not lease.state.get("read_only")
+
+
+_databases: "weakref.WeakValueDictionary[int, SqliteDatabase]" = weakref.WeakValueDictionary()
+
+
+def _before_fork() -> None:
+    # `valuerefs()` is a copy: other threads may make some meanwhile.
+    for db in filter(None, [found() for found in _databases.valuerefs()]):
+        with suppress(Exception):  # what can't be closed counts as open
+            db.close_unused()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(before=_before_fork)
 
 
 def _end_turn(state: dict[str, Any]) -> None:

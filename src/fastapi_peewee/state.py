@@ -386,6 +386,15 @@ class PeeweeConnectionState(_ConnectionState):
         """As `lease()`, but without the request's: that of a call or block around this code."""
         return self.lease() if self._state.get() is not None else None
 
+    def own_cell(self) -> dict[str, Any]:
+        """Peewee's state of this thread's own connection, whatever lease is in force."""
+        return self._thread_cell()
+
+    def own_lease(self) -> Lease | None:
+        """The lease in force here, or None, also if it is over."""
+        bound = self._bound()
+        return bound if isinstance(bound, Lease) and not (bound.ended or bound.foreign) else None
+
     def bind(self, bound: Lease | None) -> Token[Any]:
         return self._state.set(bound)
 

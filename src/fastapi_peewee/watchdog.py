@@ -159,8 +159,7 @@ class Watchdog:
             self._watched[held] = {}
 
     def forget(self, held: Any) -> None:
-        with self._lock:
-            self._watched.pop(held, None)
+        self._watched.pop(held, None)  # in one step, without the lock: before a fork nobody waits
 
     def look(self) -> bool:
         """Cut what is over its limit. Returns whether there is anything left to look at."""
