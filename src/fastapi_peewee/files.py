@@ -10,6 +10,7 @@ child. See sqlite.org/howtocorrupt.html, 2.6.
 
 import os
 import sqlite3
+import threading
 import weakref
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -39,12 +40,12 @@ class OpensFile:
         #: It was given to the caller, who may have it still.
         self.handed_out = False
         # Known before it is open, and until it is closed: other threads may fork meanwhile.
-        _open.add(self)
+        _open[id(self)] = self
         try:
             self.opens(database, uri=kwargs.get("uri", False))
             super().__init__(database, *args, **kwargs)  # type: ignore[call-arg]
         except BaseException:
-            _open.discard(self)
+            del _open[id(self)]
             raise
 
     def opens(self, database: Any, *, uri: bool) -> None:
@@ -61,7 +62,7 @@ class OpensFile:
 
     def close(self) -> None:
         super().close()  # type: ignore[misc]
-        _open.discard(self)
+        _open.pop(id(self), None)
 
     def at_rest(self, schemas: set[str]) -> bool:
         """Whether another one can take its place: it is in no transaction, nothing of it is half
@@ -79,14 +80,27 @@ class OpensFile:
             return False
 
 
-_open: "weakref.WeakSet[OpensFile]" = weakref.WeakSet()
+_open: "weakref.WeakValueDictionary[int, OpensFile]" = weakref.WeakValueDictionary()
 _open_at_fork: set[str] = set()
+_kept = threading.local()  # other threads may be forking, too
+
+
+def _before_fork() -> None:
+    # Before any code of ours runs there, a child lets go of what its other threads had, and what
+    # is collected is closed: with the parent's transaction, in the memory that both share.
+    _kept.open = [conn for found in _open.valuerefs() if (conn := found()) is not None]
 
 
 def _forked() -> None:
-    for conn in _open:
+    for conn in (*_kept.open, *_open.values()):
         _open_at_fork.update(conn.files)
 
 
+def _forking_is_over() -> None:
+    _kept.open = []
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(
+        before=_before_fork, after_in_child=_forked, after_in_parent=_forking_is_over
+    )
