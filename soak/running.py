@@ -185,6 +185,8 @@ async def _round(
     finally:
         over.set()
         await disturbing  # each fault undoes what it did
+        if target.proxy is not None:
+            target.proxy.heal()  # which may have been counting bytes just then, in its thread
     return await workload.end()
 
 

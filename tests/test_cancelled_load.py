@@ -82,6 +82,9 @@ async def test_cancelled_requests_leave_nothing(db: Database, database_url: str)
 
     async def many(count: int) -> None:
         while ends["cancelled"] < count:
+            # Threads of cancelled requests wait on: on a busy machine there would be ever more.
+            while db.pool_stats.waiting > 4 * TASKS:
+                await asyncio.sleep(0.01)
             await one()
 
     async def batch(count: int) -> None:
@@ -153,7 +156,8 @@ async def test_clients_that_go_away_leave_nothing(database_url: str) -> None:
             async with asyncio.TaskGroup() as group:
                 for start in range(8):
                     group.create_task(many(range(start, count, 8)))
-            await live.until(at_rest, "all connections are back")
+            # What clients have left is answered nevertheless, and on a busy machine not so soon.
+            await live.until(at_rest, "all connections are back", timeout=20 + count / 20)
             return await live.stats(server)
 
         first = await load()
