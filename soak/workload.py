@@ -115,7 +115,13 @@ class Workload:
                 for rows in peewee.chunked([{"id": n + 1, "text": ""} for n in lists], 300):
                     self._items.insert_many(rows).execute()
 
-        await self.db.run(fill)
+        for left in reversed(range(5)):
+            try:
+                await self.db.run(fill)
+                return
+            except peewee.OperationalError:  # on a busy machine it may take longer than the limit
+                if not left:
+                    raise
 
     async def operate(self, number: int) -> None:
         """Operation `number`, which may be cancelled at any time. While the database is away it
