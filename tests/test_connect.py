@@ -343,6 +343,7 @@ async def test_an_isolation_level_is_never_sql(database_url: str) -> None:
         ("/*M! SET a = 1 */ SELECT 1", True),
         ("/* /* */ SELECT 1 */ SET a = 1", True),
         ("SELECT 8 INTO@x", True),
+        ("EXPLAIN ANALYZE CREATE TEMP TABLE x AS SELECT 1", True),
         ("UPDATE pg_settings SET setting = 'x' WHERE name = 'application_name'", True),
         ("SET TRANSACTION READ ONLY", True),
         ("SELECT 1; SET a.b = 'c'", True),

@@ -702,7 +702,7 @@ _HARMLESS = re.compile(
 )
 _SETTING = re.compile(
     r"\b(set_config|pg_settings|\w*advisory\w*lock\w*|get_lock)\b|"
-    r"\binto\s*(\stemp(orary)?\b|@)|"
+    r"\binto\s*(\stemp(orary)?\b|@)|\bcreate\s+(global\s+|local\s+)?temp(orary)?\b|"
     r"\b(pg_temp\w*|temp)[`\"]?\s*\.|@[\w.$`'\"]+\s*:?=|;\s*\S",
     re.IGNORECASE,
 )
