@@ -439,6 +439,16 @@ MUTANTS = [
         CANCELLED_REQUESTS,
     ),
     Mutant(
+        "a thread whose request was cancelled keeps its place in the queue",
+        (Edit("lifecycle", "PeeweeMiddleware.__call__", "request.cancelled = True", "pass"),),
+        CANCELLED_REQUESTS,
+    ),
+    Mutant(
+        "a thread whose stream was left by its client keeps its place in the queue",
+        (Edit("blocks", "_UnlessCancelled._check", "anyio.from_thread.check_cancelled()", "pass"),),
+        CANCELLED_REQUESTS,
+    ),
+    Mutant(
         "a thread goes on in a transaction that its cancelled request has rolled back",
         (Edit("blocks", "_Block.__exit__", "self._on.closing = True", "pass"),),
         CANCELLED_REQUESTS,

@@ -10,11 +10,13 @@ from typing import Any
 
 import peewee
 import pytest
-from fastapi import Depends
+from fastapi import BackgroundTasks, Depends, FastAPI
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from playhouse.pool import PooledSqliteDatabase
 
-from fastapi_peewee import Database, LeaseEnded, NoLease, PeeweeRoute, get_db
+from fastapi_peewee import Database, LeaseEnded, NoLease, Peewee, PeeweeRoute, get_db
+from fastapi_peewee.blocks import _UnlessCancelled
 from tests.apps import back_to_rest, connected
 from tests.apps import make_app as plain_app
 from tests.cancelling import (
@@ -91,6 +93,164 @@ async def test_a_thread_whose_request_ended_as_it_waited_to_write_lets_others_wr
         await back_to_rest(db, within=10)
         async with asyncio.timeout(10):
             await row.acreate(name="next")
+
+
+def waiting_in_threads(db: Database) -> tuple[FastAPI, list[str], list[type[BaseException] | None]]:
+    """An application whose threads take a connection of their own, the paths to do so, and how
+    each of these threads has ended."""
+    app, ends = plain_app(db, APIRoute), list[type[BaseException] | None]()
+
+    def query() -> str:
+        try:
+            with db.connection_context():
+                db.execute_sql("SELECT 1")
+            ends.append(None)
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+        return ""
+
+    def held() -> Iterator[None]:
+        query()
+        yield
+
+    async def streamed() -> StreamingResponse:
+        return StreamingResponse(iter(query, ""))
+
+    async def two_threads() -> None:
+        await asyncio.gather(asyncio.to_thread(query), asyncio.to_thread(query))
+
+    def in_background(tasks: BackgroundTasks) -> None:
+        tasks.add_task(asyncio.to_thread, query)
+
+    async def left_running() -> None:
+        left = asyncio.create_task(asyncio.to_thread(query))
+        app.state.left = [*getattr(app.state, "left", ()), left]
+
+    app.post("/endpoint")(query)
+    app.post("/dependency", dependencies=[Depends(held)])(lambda: None)
+    app.post("/stream")(streamed)
+    app.post("/threads")(two_threads)
+    app.post("/background")(in_background)
+    paths = ["/endpoint", "/dependency", "/stream", "/threads", "/background"]
+    app.post("/left")(left_running)
+    return app, paths, ends
+
+
+async def test_threads_of_cancelled_requests_leave_the_queue(sqlite_url: str) -> None:
+    """Nobody waits for a thread whose request was cancelled: it gives its place in the pool's queue
+    to those for whom somebody does, and counts as none that has waited in vain."""
+    async with connected(sqlite_url, pool_size=1, timeout=60, max_waiting=7) as db:
+        app, paths, ends = waiting_in_threads(db)
+        async with db.connection_context(), asyncio.timeout(30):
+            for _ in range(20):
+                asked = [asyncio.create_task(ask_into([], app, path)) for path in paths]
+                while db.pool_stats.waiting < len(paths) + 1:  # one of them has two threads
+                    await asyncio.sleep(0.001)
+                ends.clear()
+                for each in asked:
+                    each.cancel()
+                await asyncio.wait(asked)
+                while len(ends) < len(paths) + 1:
+                    await asyncio.sleep(0.001)
+                assert ends == [asyncio.CancelledError] * len(ends)
+                assert db.pool_stats.waiting == 0
+        answers: list[int] = []
+        await ask_into(answers, app, "/endpoint")
+        assert (answers, ends[-1]) == ([200, 0], None)
+        assert (db.pool_stats.timed_out, db.pool_stats.refused) == (0, 0)
+
+
+@pytest.mark.parametrize("by", ["task", "timeout"])
+async def test_a_call_that_waits_for_another_database(
+    sqlite_url: str, tmp_path: Path, by: str
+) -> None:
+    """A thread of ours, which has a connection of one database and waits for another's, is waited
+    for: it leaves the queue as well, and gives back what it has."""
+    other_url = f"sqlite:///{tmp_path}/other.db"
+    async with (
+        connected(sqlite_url, timeout=60) as db,
+        connected(other_url, pool_size=1, timeout=60) as other,
+    ):
+        app = plain_app(db, PeeweeRoute)
+        Peewee(other).init_app(app)
+
+        def query() -> None:
+            with other.connection_context():
+                other.execute_sql("SELECT 1")
+
+        async def limited() -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await db.run(query)
+
+        app.post("/task")(query)
+        app.post("/timeout")(limited)
+        async with other.connection_context(), asyncio.timeout(30):
+            answers: list[int] = []
+            asked = asyncio.create_task(ask_into(answers, app, f"/{by}"))
+            while not other.pool_stats.waiting:
+                await asyncio.sleep(0.001)
+            if by == "task":
+                asked.cancel()
+            await asyncio.wait({asked})
+            assert asked.cancelled() is (by == "task")
+            assert (other.pool_stats.waiting, db.pool_stats.in_use) == (0, 0)
+        assert answers == ([] if by == "task" else [200, 0])
+        assert other.pool_stats.timed_out == 0
+
+
+async def test_a_thread_that_comes_after_its_request_was_cancelled(sqlite_url: str) -> None:
+    """It takes a connection that is free, since it may have work to end, but doesn't queue."""
+    async with connected(sqlite_url, pool_size=1, timeout=60) as db:
+        app, ended = plain_app(db, APIRoute), list[type[BaseException]]()
+        inside, go_on, over = threading.Event(), threading.Event(), threading.Event()
+
+        @app.post("/")
+        def endpoint() -> None:
+            inside.set()
+            assert go_on.wait(30)
+            try:
+                with db.connection_context():
+                    db.execute_sql("SELECT 1")
+            except asyncio.CancelledError as error:
+                ended.append(type(error))
+            over.set()
+
+        for held in (db.connection_context(), nullcontext()):
+            await cancelled_after(inside, app)
+            async with held:
+                go_on.set()
+                assert await asyncio.to_thread(over.wait, 30)
+            inside.clear()
+            go_on.clear()
+            over.clear()
+        assert ended == [asyncio.CancelledError]
+
+
+async def test_a_thread_that_outlives_its_answered_request_keeps_its_place(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is answered was not cancelled: a task that it left running waits on."""
+    looked, look = list[bool](), _UnlessCancelled._check
+
+    def looks(self: _UnlessCancelled) -> None:
+        looked.append(self._request.over)
+        look(self)
+
+    monkeypatch.setattr(_UnlessCancelled, "_check", looks)
+    async with connected(sqlite_url, pool_size=1, timeout=60) as db:
+        app, _, ends = waiting_in_threads(db)
+        async with db.connection_context(), asyncio.timeout(30):
+            for _ in range(2):
+                answers: list[int] = []
+                await ask_into(answers, app, "/left")
+                assert answers == [200, 0]
+            while sum(looked) < 4:
+                await asyncio.sleep(0.001)
+            assert db.pool_stats.waiting == 2
+        await asyncio.gather(*app.state.left)
+        assert ends == [None, None]
 
 
 @pytest.mark.parametrize("holding", ["get_db", "connection_context", "nothing"])

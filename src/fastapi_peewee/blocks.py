@@ -8,9 +8,13 @@ decided here: an async block is a lease of its own, and holds the turn of the on
 import asyncio
 import inspect
 import logging
+import math
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
     from .database import Database
 
 logger = logging.getLogger("fastapi_peewee")
+
+#: Seconds after which a thread that waits for a connection looks whether it is cancelled.
+ASK_AFTER = 0.1
 
 
 class _Block:
@@ -464,7 +471,7 @@ class LeaseContext(_Block, ConnectionContext):
         db = self.db
         db._state.guard_loop()
         with _spare_thread(db.pool.stats.in_use >= db.pool.size):
-            lease = db.pool.acquire_blocking()
+            lease = db.pool.acquire_blocking(_UnlessCancelled(request))
         lease.follow_ups = None  # there is no event loop to await them on
         try:
             db.pool.connect(lease)
@@ -497,6 +504,36 @@ class LeaseContext(_Block, ConnectionContext):
         lease.closing = True
         lease.turn.acquire_blocking(None)
         self.db.pool.give_back(lease)
+
+
+class _UnlessCancelled(threading.Event):
+    """What a thread of a request waits for: `wait()` also ends when the thread's work is cancelled.
+
+    Nobody wants its result then, and in the pool's queue it would be in the way of the others. The
+    thread has to ask: asyncio leaves it behind, but anyio and a `Call` wait for it to end.
+    """
+
+    def __init__(self, request: RequestScope) -> None:
+        super().__init__()
+        self._request = request
+
+    def wait(self, timeout: float | None = None) -> bool:
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while True:
+            self._check()
+            left = deadline - time.monotonic()
+            if super().wait(max(0, min(left, ASK_AFTER))):
+                return True
+            if left <= ASK_AFTER:
+                return False
+
+    def _check(self) -> None:
+        leases = [db._state.own_lease() for db in self._request.databases]
+        calls = [each.call for each in leases if each is not None and each.owner == get_ident()]
+        if self._request.cancelled or any(call is not None and call.cancelled for call in calls):
+            raise asyncio.CancelledError
+        with suppress(RuntimeError, AttributeError):  # it isn't one of anyio's threads
+            anyio.from_thread.check_cancelled()
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Gate:
         try:
             # A lock knows no longer time, such as infinity, which tasks may wait for.
             woken.wait(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        except BaseException:  # KeyboardInterrupt
+        except BaseException:  # KeyboardInterrupt, or what waiting for `woken` raises
             if not self._leave(waiter):
                 self.release()
             raise

@@ -154,6 +154,9 @@ class PeeweeMiddleware:
 
         try:
             await self._inner()(scope, receive, send_free)
+        except asyncio.CancelledError:
+            request.cancelled = True
+            raise
         finally:
             RequestScope.current.reset(token)
             request.over = True  # before what it holds is looked at: see `LeaseContext`

@@ -248,14 +248,14 @@ class Pool:
             raise
         return self._lease_after(begun, gate, acquired)
 
-    def acquire_blocking(self) -> Lease:
-        """The same for a thread."""
+    def acquire_blocking(self, woken: threading.Event | None = None) -> Lease:
+        """The same for a thread. It waits for `woken`, an event of this wait only."""
         lease = self.acquire_nowait()
         if lease is not None:
             return lease
         begun, gate = self._clock(), self._gate
         try:
-            acquired = gate.acquire_blocking(self.timeout)
+            acquired = gate.acquire_blocking(self.timeout, woken)
         except TooManyWaiting:
             self._count("_refused")
             raise

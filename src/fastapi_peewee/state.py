@@ -276,6 +276,7 @@ class RequestScope:
     __slots__ = (
         "app",
         "blocks",
+        "cancelled",
         "databases",
         "forbids_lazy_loads",
         "leases",
@@ -310,8 +311,8 @@ class RequestScope:
         #: its threads would do now is no part of that any more.
         self.undone: tuple[PeeweeConnectionState, ...] = ()
         self.response_started = False
-        #: Whether the request has ended, though threads of it may go on.
-        self.over = False
+        #: Whether the request has ended, though threads of it may go on, and whether by cancelling.
+        self.over = self.cancelled = False
         #: Whether a query that runs while a response is validated is an error.
         self.forbids_lazy_loads = False
 
