@@ -14,15 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
-from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio.from_thread
 import anyio.to_thread
 
-from .calls import Call, result_of, run_follow_ups, uninterrupted
-from .exceptions import LeaseEnded
+from .calls import Call, certain, result_of, run_follow_ups, running, uninterrupted
+from .exceptions import LeaseEnded, PoolError
 from .state import (
     ConnectionContext,
     Lease,
@@ -470,7 +469,7 @@ class LeaseContext(_Block, ConnectionContext):
     def _take_for(self, request: RequestScope) -> Lease:
         db = self.db
         db._state.guard_loop()
-        with _spare_thread(db.pool.stats.in_use >= db.pool.size):
+        with _spare_thread(running.call is None and db.pool.stats.in_use >= db.pool.size):
             lease = db.pool.acquire_blocking(_UnlessCancelled(request))
         lease.follow_ups = None  # there is no event loop to await them on
         try:
@@ -507,17 +506,19 @@ class LeaseContext(_Block, ConnectionContext):
 
 
 class _UnlessCancelled(threading.Event):
-    """What a thread of a request waits for: `wait()` also ends when the thread's work is cancelled.
+    """What a thread of a request waits for. Once its work is cancelled, `wait()` raises.
 
-    Nobody wants its result then, and in the pool's queue it would be in the way of the others. The
-    thread has to ask: asyncio leaves it behind, but anyio and a `Call` wait for it to end.
+    Nobody wants the thread's result then, and in the pool's queue it would be in the way of others.
     """
 
     def __init__(self, request: RequestScope) -> None:
         super().__init__()
         self._request = request
+        self._was_cancelled = request.cancelled
 
     def wait(self, timeout: float | None = None) -> bool:
+        if certain.get():
+            return super().wait(timeout)
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         while True:
             self._check()
@@ -528,12 +529,19 @@ class _UnlessCancelled(threading.Event):
                 return False
 
     def _check(self) -> None:
-        leases = [db._state.own_lease() for db in self._request.databases]
-        calls = [each.call for each in leases if each is not None and each.owner == get_ident()]
-        if self._request.cancelled or any(call is not None and call.cancelled for call in calls):
-            raise asyncio.CancelledError
-        with suppress(RuntimeError, AttributeError):  # it isn't one of anyio's threads
-            anyio.from_thread.check_cancelled()
+        call = running.call
+        if call is not None:  # its task waits for this thread
+            if call.cancelled:
+                raise asyncio.CancelledError
+            return
+        try:
+            anyio.from_thread.check_cancelled()  # its task waits as well
+        except RuntimeError:
+            return  # not one of FastAPI's: who has it, and what for, nobody knows
+        # asyncio left the thread behind. As `await` does, a wait raises if it is cancelled, and the
+        # next one doesn't: a `finally` may have something to put in order.
+        if self._request.cancelled and not self._was_cancelled:
+            raise PoolError("The request was cancelled while its thread waited for a connection.")
 
 
 @contextmanager
@@ -543,16 +551,21 @@ def _spare_thread(needed: bool) -> Iterator[None]:
     Else all of its threads might wait for those who hold a connection and wait for a thread.
     """
 
-    def change(by: int) -> None:
-        anyio.to_thread.current_default_thread_limiter().total_tokens += by
+    def lend() -> Callable[[], object]:
+        limiter, loop = anyio.to_thread.current_default_thread_limiter(), asyncio.get_running_loop()
+        limiter.total_tokens += 1
 
-    try:
-        if needed:
-            anyio.from_thread.run_sync(change, 1)
-    except RuntimeError:  # a thread that isn't FastAPI's takes none from it
-        needed = False
+        def take_back() -> None:
+            limiter.total_tokens -= 1
+
+        return partial(loop.call_soon_threadsafe, take_back)
+
+    take_back = None
+    with suppress(RuntimeError):  # a thread that isn't FastAPI's takes none from it
+        take_back = anyio.from_thread.run_sync(lend) if needed else None
     try:
         yield
     finally:
-        if needed:
-            anyio.from_thread.run_sync(change, -1)
+        if take_back is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                take_back()

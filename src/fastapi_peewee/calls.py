@@ -11,8 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import Context, copy_context
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import Context, ContextVar, copy_context
 from threading import get_ident
 from typing import Any
 
@@ -27,6 +27,17 @@ from .pool import Pool
 from .state import CursorWrapper, Lease, PeeweeConnectionState
 
 logger = logging.getLogger("fastapi_peewee")
+
+
+class _Running(threading.local):
+    call: "Call | None" = None
+
+
+#: What this thread works on.
+running = _Running()
+
+#: Whether this is done whatever is cancelled, as the callbacks of a commit are.
+certain: ContextVar[bool] = ContextVar("fastapi_peewee_certain", default=False)
 
 
 class Call:
@@ -151,7 +162,7 @@ class Call:
 
     @contextmanager
     def carried_out(self) -> Iterator[None]:
-        """Around what its thread does although the task was cancelled."""
+        """See `carried_out()`."""
         with self._guard:
             before, self._certain = self._certain, True
         try:
@@ -171,6 +182,7 @@ class Call:
             return  # whoever gave it up has released the lease
         try:
             with claim_worker_thread(token.backend_class, token.native_token):
+                running.call = self
                 try:
                     result = context.run(self._body)
                 finally:
@@ -180,6 +192,7 @@ class Call:
             self._result, self.succeeded = result, True
         except BaseException as error:
             self._error = error
+        running.call = None
         try:
             self._loop.call_soon_threadsafe(self._has_ended)
         except RuntimeError:
@@ -188,7 +201,7 @@ class Call:
     def _body(self) -> Any:
         lease = self._lease
         self._state.bind(lease)
-        lease.owner, lease.call = get_ident(), self
+        lease.owner = get_ident()
         self._pool.connect(lease.root)
         result = self._fn()
         if isinstance(result, CursorWrapper):
@@ -203,11 +216,22 @@ class Call:
     def _let_go(self) -> None:
         with self._guard:
             self._let_gone = True
-        self._lease.owner = self._lease.call = None
+        self._lease.owner = None
         try:
             self._release(self._lease)
         except Exception:
             logger.exception("Releasing a database connection failed.")
+
+
+@contextmanager
+def carried_out() -> Iterator[None]:
+    """Around what a thread does although its task, or its request, was cancelled."""
+    call, token = running.call, certain.set(True)
+    try:
+        with nullcontext() if call is None else call.carried_out():
+            yield
+    finally:
+        certain.reset(token)
 
 
 async def result_of(call: Call, *, certain: bool = False) -> Any:
@@ -261,7 +285,8 @@ async def run_follow_ups(lease: Lease) -> None:
 
 
 async def await_callbacks(callbacks: list[Callable[[], Awaitable[Any]]]) -> None:
-    """Await `async` callbacks of a transaction, one after the other."""
+    """Await `async` callbacks of a transaction, one after the other, in a task of their own."""
+    certain.set(True)
     for callback in callbacks:
         try:
             await callback()

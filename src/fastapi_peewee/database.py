@@ -12,7 +12,7 @@ import re
 import threading
 from asyncio.events import _get_running_loop
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import get_ident
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
@@ -22,7 +22,7 @@ import peewee
 from . import single
 from .async_names import AsyncNames
 from .blocks import Atomic, CommitCallback, LeaseContext, Manual, Savepoint, Transaction
-from .calls import Call, await_callbacks, detached, result_of, run_follow_ups
+from .calls import Call, await_callbacks, carried_out, detached, result_of, run_follow_ups
 from .exceptions import BlockingQuery, FailedStatement, LeaseEnded
 from .pool import Pool, PoolStats
 from .reads import Reads
@@ -305,9 +305,7 @@ class Database(AsyncNames, Reads):
         if not callbacks:
             return
         todo, callbacks[:] = list(callbacks), []
-        lease = self._state.lease()
-        call = None if lease is None else lease.call
-        with nullcontext() if call is None else call.carried_out():
+        with carried_out():
             for callback in todo:
                 self._run_commit_callback(callback)
 

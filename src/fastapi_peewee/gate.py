@@ -87,7 +87,8 @@ class Gate:
     def acquire_blocking(self, timeout: float | None, woken: threading.Event | None = None) -> bool:
         """The same for a thread, which it blocks. Never call it on an event loop.
 
-        Who sets `woken`, an event of this wait only, ends it as if its time were over.
+        Who sets `woken`, an event of this wait only, ends it as if its time were over; what its
+        `wait()` raises, the caller gets.
         """
         if self.acquire_nowait():
             return True
@@ -98,7 +99,7 @@ class Gate:
         try:
             # A lock knows no longer time, such as infinity, which tasks may wait for.
             woken.wait(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        except BaseException:  # KeyboardInterrupt, or what waiting for `woken` raises
+        except BaseException:  # KeyboardInterrupt, or of `woken`
             if not self._leave(waiter):
                 self.release()
             raise

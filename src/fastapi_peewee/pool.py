@@ -249,7 +249,7 @@ class Pool:
         return self._lease_after(begun, gate, acquired)
 
     def acquire_blocking(self, woken: threading.Event | None = None) -> Lease:
-        """The same for a thread. It waits for `woken`, an event of this wait only."""
+        """The same for a thread. `woken` is as in `Gate.acquire_blocking()`."""
         lease = self.acquire_nowait()
         if lease is not None:
             return lease
