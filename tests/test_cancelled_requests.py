@@ -300,6 +300,7 @@ async def test_a_callback_of_a_commit_keeps_its_place(
             assert (other.pool_stats.waiting, called.is_set()) == (1, False)
         assert await asyncio.to_thread(called.wait, 30)
         await asyncio.wait({asked})
+        await back_to_rest(db, within=10)
         await back_to_rest(other, within=10)
 
 
