@@ -74,12 +74,15 @@ class Held:
     conn: Conn | None = None
     #: It is of the pool that was there before the last drain.
     of_before: bool = False
+    #: It was waited for so long that hardly any time is left to connect.
+    hurried: bool = False
 
 
 @dataclass(eq=False)
 class Waiter:
     """Somebody who waits for a lease: a task, or a thread."""
 
+    begun: float
     deadline: float
     task: asyncio.Task[Lease] | None = None
     thread: threading.Thread | None = None
@@ -147,7 +150,9 @@ class PoolMachine(RuleBasedStateMachine):
             waiter.thread.join(30)
             [lease] = waiter.outcome
         assert isinstance(lease, Lease)
-        self.leases.append(Held(lease))
+        # A thread, which waits by the clock on the wall, may get one after its time.
+        hurried = waiter.begun + TIMEOUT <= self.loop.now
+        self.leases.append(Held(lease, hurried=hurried))
 
     def sent_away(self, waiter: Waiter, error: type[Exception]) -> None:
         if waiter.task is not None:
@@ -187,13 +192,13 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def acquire(self) -> None:
         task = self.loop.create_task(self.pool.acquire())
-        waiter = Waiter(self.loop.now + TIMEOUT, task)
+        waiter = Waiter(self.loop.now, self.loop.now + TIMEOUT, task)
         self.settle()
         self._asked(waiter)
 
     @rule()
     def acquire_in_a_thread(self) -> None:
-        waiter = Waiter(float("inf"))
+        waiter = Waiter(self.loop.now, float("inf"))
 
         def ask() -> None:
             try:
@@ -235,8 +240,10 @@ class PoolMachine(RuleBasedStateMachine):
             else:
                 self.discarded += 1
                 self.doubted_at = self.loop.now
-        # After two failures nobody tries for a moment, which is over when time has passed here.
+        # After two failures nobody tries for a moment, which is over when time has passed here. Who
+        # has hardly any time left doesn't try after one.
         refused = self.failures > 1 and self.failed_at == self.loop.now
+        refused = refused or (held.hurried and self.failures > 0)
         if found is None and (self.driver.unreachable or refused):
             with pytest.raises(DatabaseUnavailable):
                 self.pool.connect(held.lease)
