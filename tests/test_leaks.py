@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import AsyncIterator
@@ -117,6 +118,30 @@ async def test_a_thread_that_holds_one_for_too_long_is_logged(
     await asyncio.to_thread(until, lambda: messages(caplog))
     db.pool.give_back(taken)
     assert "taken = db.pool.acquire_blocking()" in messages(caplog)[0]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+async def test_nothing_is_collected_while_the_frames_are_asked_for(
+    db: Database, monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    """Python 3.11 may freeze if the collector comes just then: it is stopped for that moment, and
+    left as it was."""
+    states, ask = [], sys._current_frames
+
+    def current_frames() -> dict[int, Any]:
+        states.append(gc.isenabled())
+        return ask()
+
+    monkeypatch.setattr(sys, "_current_frames", current_frames)
+    async with db.atomic():
+        if not enabled:
+            gc.disable()
+        try:
+            await asyncio.to_thread(until, lambda: states)
+            await asyncio.to_thread(until, lambda: gc.isenabled() is enabled)
+        finally:
+            gc.enable()
+    assert states == [False]
 
 
 async def test_nobody_looks_when_nothing_is_held(db: Database) -> None:

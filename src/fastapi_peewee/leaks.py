@@ -1,5 +1,6 @@
 """Connections that are held too long, and where they were taken. Knows nothing of databases."""
 
+import gc
 import logging
 import sys
 import threading
@@ -79,7 +80,7 @@ class Watch:
             if taken.at > oldest or key in self._told or lease is None:
                 continue
             self._told.add(key)
-            frame = sys._current_frames().get(lease.owner or 0)
+            frame = _frame_of(lease.owner)
             now = f"In use just now, here:\n{_text(_stack(frame))}" if frame is not None else ""
             logger.warning(
                 "A database connection is held for more than %g s. It was taken here:\n%s%s",
@@ -96,6 +97,19 @@ class Watch:
                 if not self._out:  # who puts one in from now on sees that nobody looks
                     self._is_running = False
                     return
+
+
+def _frame_of(thread: int | None) -> FrameType | None:
+    """Where a thread is just now."""
+    # Up to Python 3.11.8 the whole interpreter stops for ever if the collector comes meanwhile:
+    # https://github.com/python/cpython/issues/106883
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(thread or 0)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _stack(frame: FrameType | None = None) -> _Stack:
