@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import os
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from fastapi_peewee import Database, connect
+from fastapi_peewee.calls import carried_out, running
 from tests.apps import back_to_rest, connected, until
 
 
@@ -196,6 +199,31 @@ async def test_an_interrupt_that_fails_is_tried_again(
     ended = len(tried)
     assert await db.run(lambda: 7) == 7
     assert len(tried) == ended
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+async def test_a_process_that_a_call_forks_has_no_part_in_it(db: Database) -> None:
+    """It isn't cancelled with the call, nor does it wait for a lock that was held just then."""
+    ended, begun = list[int](), threading.Event()
+
+    def call() -> None:
+        begun.set()
+        running_here = running.call
+        assert running_here is not None
+        until(lambda: running_here.cancelled)
+        with running_here._guard, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+            if child == 0:
+                with carried_out():
+                    os._exit(running.call is not None)
+        ended.append(os.waitpid(child, 0)[1])
+
+    task = asyncio.create_task(db.run(call))
+    await asyncio.to_thread(begun.wait, 30)
+    task.cancel()
+    await asyncio.wait({task})
+    assert ended == [0]
 
 
 async def test_a_connection_that_cant_be_released_is_logged(

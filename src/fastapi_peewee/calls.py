@@ -7,6 +7,7 @@ somebody else, nor lose its slot.
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -35,6 +36,14 @@ class _Running(threading.local):
 
 #: What this thread works on.
 running = _Running()
+
+
+def _forked() -> None:
+    running.call = None  # the parent's: its lock may be held, and its task may be cancelled
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_forked)
 
 #: Whether this is done whatever is cancelled, as the callbacks of a commit are.
 certain: ContextVar[bool] = ContextVar("fastapi_peewee_certain", default=False)
