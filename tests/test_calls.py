@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastapi_peewee import Database, connect
-from fastapi_peewee.calls import carried_out, running
+from fastapi_peewee.calls import running
 from tests.apps import back_to_rest, connected, until
 
 
@@ -203,7 +203,7 @@ async def test_an_interrupt_that_fails_is_tried_again(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 async def test_a_process_that_a_call_forks_has_no_part_in_it(db: Database) -> None:
-    """It isn't cancelled with the call, nor does it wait for a lock that was held just then."""
+    """It isn't cancelled with the call."""
     ended, begun = list[int](), threading.Event()
 
     def call() -> None:
@@ -211,12 +211,11 @@ async def test_a_process_that_a_call_forks_has_no_part_in_it(db: Database) -> No
         running_here = running.call
         assert running_here is not None
         until(lambda: running_here.cancelled)
-        with running_here._guard, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
             if child == 0:
-                with carried_out():
-                    os._exit(running.call is not None)
+                os._exit(running.call is not None)
         ended.append(os.waitpid(child, 0)[1])
 
     task = asyncio.create_task(db.run(call))

@@ -39,7 +39,7 @@ running = _Running()
 
 
 def _forked() -> None:
-    running.call = None  # the parent's: its lock may be held, and its task may be cancelled
+    running.call = None  # the parent's, whose task may be cancelled
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
@@ -210,7 +210,7 @@ class Call:
     def _body(self) -> Any:
         lease = self._lease
         self._state.bind(lease)
-        lease.owner = get_ident()
+        lease.owner, lease.call = get_ident(), self
         self._pool.connect(lease.root)
         result = self._fn()
         if isinstance(result, CursorWrapper):
@@ -225,7 +225,7 @@ class Call:
     def _let_go(self) -> None:
         with self._guard:
             self._let_gone = True
-        self._lease.owner = None
+        self._lease.owner = self._lease.call = None
         try:
             self._release(self._lease)
         except Exception:
@@ -233,9 +233,9 @@ class Call:
 
 
 @contextmanager
-def carried_out() -> Iterator[None]:
-    """Around what a thread does although its task, or its request, was cancelled."""
-    call, token = running.call, certain.set(True)
+def carried_out(call: Call | None) -> Iterator[None]:
+    """Around what is done in a call, or in none, although its task or request was cancelled."""
+    token = certain.set(True)
     try:
         with nullcontext() if call is None else call.carried_out():
             yield

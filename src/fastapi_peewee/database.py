@@ -305,7 +305,8 @@ class Database(AsyncNames, Reads):
         if not callbacks:
             return
         todo, callbacks[:] = list(callbacks), []
-        with carried_out():
+        lease = self._state.lease()
+        with carried_out(None if lease is None else lease.call):
             for callback in todo:
                 self._run_commit_callback(callback)
 

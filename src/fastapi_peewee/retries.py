@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .calls import running
-
 if TYPE_CHECKING:
     from .blocks import Atomic
     from .database import Database
@@ -81,7 +79,8 @@ class Retrying:
                 except _TryAgain as failed:
                     delay = failed.delay
                 self.db.backoff.sleep(delay)
-                if running.call is not None and running.call.cancelled:
+                lease = self.db._state.lease()
+                if lease is not None and lease.call is not None and lease.call.cancelled:
                     raise asyncio.CancelledError  # in `db.run`, which raises it in any case
 
         @wraps(fn)

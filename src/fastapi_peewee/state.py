@@ -131,6 +131,7 @@ class Lease:
         state: Peewee's state of the connection; the same dictionary in a nested lease.
         turn: a gate with one slot; the maker of a lease has the first turn.
         owner: the thread that has the turn for a running call or block, as `get_ident()` has it.
+        call: what runs in that thread, if a task awaits it.
         parent: the lease that this one is nested in, or None.
         root: the outermost of them, which is what the pool gave out; the rest is of the root only.
         slot: the pool's gate, to which the slot goes back.
@@ -153,6 +154,7 @@ class Lease:
     __slots__ = (
         "__weakref__",
         "_outermost",
+        "call",
         "closing",
         "contexts",
         "dropped",
@@ -178,6 +180,7 @@ class Lease:
         self.state: dict[str, Any]
         self.turn = Gate(1, free=0)  # whoever makes the lease has the first turn
         self.owner: int | None = None
+        self.call: Any = None
         self.closing = self.ended = False
         self.dropped: Callable[[Lease], None] = _drop_block
         self.generation = _generation
