@@ -213,9 +213,11 @@ async def test_a_call_that_waits_for_another_database(
             with other.connection_context():
                 other.execute_sql("SELECT 1")
 
+        limit = asyncio.timeout(None)  # until the thread waits
+
         async def limited() -> None:
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.05):
+                async with limit:
                     await db.run(query)
 
         app.post("/task")(query)
@@ -227,6 +229,8 @@ async def test_a_call_that_waits_for_another_database(
                 await asyncio.sleep(0.001)
             if by == "task":
                 asked.cancel()
+            else:
+                limit.reschedule(0)
             await asyncio.wait({asked})
             assert asked.cancelled() is (by == "task")
             assert (other.pool_stats.waiting, db.pool_stats.in_use) == (0, 0)
