@@ -11,6 +11,7 @@ from typing import Any
 
 import peewee
 import pytest
+from anyio import to_thread
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
@@ -151,6 +152,30 @@ async def test_what_a_thread_comes_to_hold_as_the_response_starts_it_keeps(
         assert not lease.ended
         assert lease.turn.acquire_nowait()
         db.pool.give_back(lease)
+
+
+async def test_a_thread_that_waits_for_a_connection_doesnt_need_the_event_loop_to_go_on(
+    sqlite_url: str,
+) -> None:
+    """It has FastAPI lend one thread more meanwhile, and doesn't wait for that to be taken back."""
+    async with connected(sqlite_url, pool_size=1) as db:
+        taken, limiter = await db.pool.acquire(), to_thread.current_default_thread_limiter()
+        at_rest, has_one = limiter.total_tokens, threading.Event()
+
+        def hold() -> None:
+            RequestScope.current.set(RequestScope())
+            with db.connection_context():
+                has_one.set()
+
+        thread = asyncio.create_task(to_thread.run_sync(hold))
+        while not db.pool_stats.waiting:
+            await asyncio.sleep(0.001)
+        assert limiter.total_tokens == at_rest + 1
+        db.pool.give_back(taken)
+        assert has_one.wait(30)  # while the loop stands still
+        await thread
+        assert limiter.total_tokens == at_rest
+        assert db.pool_stats.in_use == 0
 
 
 async def test_a_thread_keeps_its_connection_while_the_response_is_sent(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio.from_thread
 import anyio.to_thread
 
-from .calls import Call, certain, result_of, run_follow_ups, running, uninterrupted
+from .calls import Call, carrying_out, result_of, run_follow_ups, running, uninterrupted
 from .exceptions import LeaseEnded, PoolError
 from .state import (
     ConnectionContext,
@@ -517,7 +517,7 @@ class _UnlessCancelled(threading.Event):
         self._was_cancelled = request.cancelled
 
     def wait(self, timeout: float | None = None) -> bool:
-        if certain.get():
+        if carrying_out.get():
             return super().wait(timeout)
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         while True:

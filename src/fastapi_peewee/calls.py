@@ -45,8 +45,8 @@ def _forked() -> None:
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_forked)
 
-#: Whether this is done whatever is cancelled, as the callbacks of a commit are.
-certain: ContextVar[bool] = ContextVar("fastapi_peewee_certain", default=False)
+#: Whether this is carried out whatever is cancelled, as the callbacks of a commit are.
+carrying_out: ContextVar[bool] = ContextVar("fastapi_peewee_carrying_out", default=False)
 
 
 class Call:
@@ -235,12 +235,12 @@ class Call:
 @contextmanager
 def carried_out(call: Call | None) -> Iterator[None]:
     """Around what is done in a call, or in none, although its task or request was cancelled."""
-    token = certain.set(True)
+    token = carrying_out.set(True)
     try:
         with nullcontext() if call is None else call.carried_out():
             yield
     finally:
-        certain.reset(token)
+        carrying_out.reset(token)
 
 
 async def result_of(call: Call, *, certain: bool = False) -> Any:
@@ -295,7 +295,7 @@ async def run_follow_ups(lease: Lease) -> None:
 
 async def await_callbacks(callbacks: list[Callable[[], Awaitable[Any]]]) -> None:
     """Await `async` callbacks of a transaction, one after the other, in a task of their own."""
-    certain.set(True)
+    carrying_out.set(True)
     for callback in callbacks:
         try:
             await callback()
