@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.routing import Match
 
-from fastapi_peewee import Peewee
+from fastapi_peewee import DatabaseUnavailable, Peewee
 
 from . import crud, models, schemas
 from .database import db
@@ -34,6 +34,8 @@ async def create_tables() -> None:
     while True:
         try:
             return await db.acreate_tables([models.User, models.Item])
+        except DatabaseUnavailable:
+            raise
         except peewee.DatabaseError:
             attempts_left -= 1
             if not attempts_left:

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -152,6 +153,22 @@ async def test_a_sqlite_file_that_can_not_be_opened(tmp_path: Path) -> None:
     ]
     for options in opened:
         assert await read(**options) == [("a",)]
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "advice"),
+    [
+        ("postgresql:///app", "psycopg", r"psycopg 3, .* pip install 'fastapi-peewee\[postgres\]'"),
+        ("mysql:///app", "pymysql", r"PyMySQL, .* pip install 'fastapi-peewee\[mysql\]'"),
+    ],
+)
+def test_a_driver_that_is_missing_is_named_at_once(
+    url: str, module: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`connect()` says which one, and how to get it, though it opens nothing yet."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(peewee.ImproperlyConfigured, match=advice):
+        connect(url)
 
 
 def test_sqlite_transactions_wait_for_each_other(sqlite_url: str) -> None:

@@ -469,6 +469,23 @@ async def test_the_dependencies_say_what_is_missing_without_init_app() -> None:
                 await http.get(path)
 
 
+async def test_startup_closes_what_the_import_of_modules_has_opened(database_url: str) -> None:
+    """The connection of `db.create_tables([…])` at import, which no request would use; not one with
+    an open transaction."""
+    async with connected(database_url) as db:
+        app = make_app(db)
+        with db.allow_sync():
+            db.execute_sql("SELECT 7")
+            assert not db.is_closed()
+            async with app.router.lifespan_context(app):
+                assert db.is_closed()
+            with db.atomic():
+                db.execute_sql("SELECT 7")
+                async with app.router.lifespan_context(app):
+                    assert not db.is_closed()
+            db.close()
+
+
 # The documentation.
 
 
@@ -507,9 +524,9 @@ async def test_openapi_documents_what_the_database_may_answer(sqlite_url: str) -
         }
         responses = document["paths"]["/app/{number}"]["put"]["responses"]
         for status, schema in (
-            ("404", "ErrorDetail"),
-            ("409", "FieldErrors"),
-            ("503", "ErrorDetail"),
+            ("404", "DatabaseErrorDetail"),
+            ("409", "DatabaseFieldErrors"),
+            ("503", "DatabaseErrorDetail"),
         ):
             reference = responses[status]["content"]["application/json"]["schema"]["$ref"]
             assert reference == f"#/components/schemas/{schema}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import math
 import os
 import threading
@@ -224,6 +225,32 @@ def test_a_failed_connection_attempt_gives_its_slot_back(
     driver.unreachable = False
     clock.now += 1
     assert take(pool).state["conn"] == 0
+
+
+def test_an_outage_is_logged_once_and_each_error_has_its_cause(
+    pool: Pool, driver: Driver, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning as the database counts as away, without the driver's words, which DEBUG has, and
+    one as it is back. Who is refused meanwhile learns the driver's words as well."""
+    caplog.set_level(logging.DEBUG, "fastapi_peewee")
+    driver.unreachable = True
+    for _ in range(5):
+        clock.now += 1
+        with pytest.raises(DatabaseUnavailable, match="a new connection failed"):
+            take(pool)
+    with pytest.raises(DatabaseUnavailable, match=r"one at a time.* Is there a route\?") as refused:
+        take(pool)
+    assert str(refused.value.__cause__) == "OSError: no route to host"
+    driver.unreachable = False
+    clock.now += 1
+    for _ in range(2):
+        take(pool)
+    warned = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING]
+    away, back = warned
+    assert away.startswith("The database can't be reached.")
+    assert back == "The database can be reached again."
+    reasons = [str(line.exc_info[1]) for line in caplog.records if line.exc_info]
+    assert reasons == ["no route to host"] * 5
 
 
 async def test_waiting_is_bounded_in_time_and_in_number(driver: Driver) -> None:

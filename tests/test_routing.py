@@ -139,7 +139,7 @@ def remove_errors_of_the_database(actual: dict[str, Any], expected: dict[str, An
             assert added <= possible, f"{method} {path}"
             for status in added:
                 del operation["responses"][status]
-    for name in ("ErrorDetail", "FieldError", "FieldErrors"):
+    for name in ("DatabaseErrorDetail", "DatabaseFieldError", "DatabaseFieldErrors"):
         actual["components"]["schemas"].pop(name, None)
 
 

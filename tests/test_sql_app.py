@@ -961,10 +961,11 @@ async def test_slowusers_sleeps_shorter_from_call_to_call_and_holds_its_connecti
 
 def test_a_script_uses_the_same_functions(tmp_path: Path) -> None:
     """What endpoints call, a script calls: it registers users, finds them, and makes tables, which
-    is tried again while others make them, but not for ever."""
+    is tried again while others make them, but not for ever, nor without a database."""
     program = """
 import asyncio
 import peewee
+from fastapi_peewee import DatabaseUnavailable
 from sql_app import crud, main, schemas
 from sql_app.database import db
 
@@ -990,6 +991,16 @@ try:
     asyncio.run(main.create_tables())
 except peewee.OperationalError:
     print(len(attempts))
+
+async def nowhere(models):
+    attempts.append(models)
+    raise DatabaseUnavailable
+
+db.acreate_tables = nowhere
+try:
+    asyncio.run(main.create_tables())
+except DatabaseUnavailable:
+    print(len(attempts))
 asyncio.run(db.close_pool())
 """
     ran = subprocess.run(
@@ -1000,4 +1011,4 @@ asyncio.run(db.close_pool())
         text=True,
         timeout=60,
     )
-    assert (ran.stdout, ran.returncode) == ("3\n13\n", 0), ran.stderr
+    assert (ran.stdout, ran.returncode) == ("3\n13\n14\n", 0), ran.stderr

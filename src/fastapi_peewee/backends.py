@@ -1,8 +1,11 @@
 """`connect(url)`: from a URL to the class of its database."""
 
 import re
+from importlib import import_module
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import peewee
 
 from .database import Database
 from .mysql import MySQLDatabase
@@ -15,6 +18,12 @@ _SCHEMES: dict[str, type[Database]] = {
     "postgres": PostgresqlDatabase,
     "mysql": MySQLDatabase,
     "mariadb": MySQLDatabase,
+}
+
+#: What is imported, what it is called, and the extra that brings it.
+_DRIVERS: dict[type[Database], tuple[str, str, str]] = {
+    PostgresqlDatabase: ("psycopg", "psycopg 3", "postgres"),
+    MySQLDatabase: ("pymysql", "PyMySQL", "mysql"),
 }
 
 
@@ -112,6 +121,15 @@ def connect(
             f"The URL names no database. Local databases take three slashes ({scheme}:///name), "
             f"remote ones are written {scheme}://user:password@host/name."
         )
+    if database_class in _DRIVERS:
+        module, driver, extra = _DRIVERS[database_class]
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise peewee.ImproperlyConfigured(
+                f"{scheme}:// takes the driver {driver}, which can't be imported. Most likely it "
+                f"isn't installed here: pip install 'fastapi-peewee[{extra}]'."
+            ) from error
     if "passwd" in parameters:
         parameters["password"] = parameters.pop("passwd")
     if database_class is MySQLDatabase and str(parameters.get("host")).startswith("/"):

@@ -48,18 +48,23 @@ class Breaker:
             self._trying = True
             return True
 
-    def succeeded(self) -> None:
+    def succeeded(self) -> bool:
+        """Returns whether the database had counted as away."""
         with self._lock:
+            was_away = self._failures >= _AWAY
             self._failures, self._trying = 0, False
+            return was_away
 
     def undecided(self) -> None:
         """The attempt ended in a way that says nothing about the database."""
         with self._lock:
             self._trying = False
 
-    def failed(self) -> None:
+    def failed(self) -> bool:
+        """Returns whether the database counts as away since just now."""
         with self._lock:
             self._failures = min(self._failures + 1, 10)
             pause = min(_MOST, _FIRST * 2.0 ** (self._failures - _AWAY))
             self._next = self._clock() + self._uniform(pause / 2, pause)
             self._trying = False
+            return self._failures == _AWAY

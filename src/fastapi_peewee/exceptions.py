@@ -175,7 +175,8 @@ class BlockingQuery(LeaseError):
             "A synchronous query ran in `async def` code. It would block the event loop, and so "
             "every other request, until the database answers. Use `await db.run(fn, …)`, an async "
             "method (`await User.aget(…)`, `await query.aexecute()`, `await db.list(query)`), or a "
-            "`def` endpoint. A query that was returned unexecuted runs where it is iterated: make "
+            "`def` endpoint, which is all that a database not made by `fastapi_peewee.connect()` "
+            "has. A query that was returned unexecuted runs where it is iterated: make "
             "a list of it inside the function given to `db.run`. In a notebook: "
             "`with db.allow_sync():`."
         )

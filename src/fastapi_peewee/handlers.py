@@ -23,13 +23,13 @@ _MESSAGES: dict[str, str] = {
 }
 
 
-class ErrorDetail(BaseModel):
+class DatabaseErrorDetail(BaseModel):
     """The body of 404, 503 and 507."""
 
     detail: str
 
 
-class FieldError(BaseModel):
+class DatabaseFieldError(BaseModel):
     """One of the errors of 409 and 422, in the form of FastAPI's own."""
 
     type: str
@@ -37,10 +37,10 @@ class FieldError(BaseModel):
     msg: str
 
 
-class FieldErrors(BaseModel):
+class DatabaseFieldErrors(BaseModel):
     """The body of 409."""
 
-    detail: list[FieldError]
+    detail: list[DatabaseFieldError]
 
 
 Responses = dict[int | str, dict[str, Any]]
@@ -49,7 +49,7 @@ UNAVAILABLE: Responses = {
     503: {
         "description": "Database unavailable or busy; see Retry-After. "
         "Or the outcome is unknown: look before you repeat the request",
-        "model": ErrorDetail,
+        "model": DatabaseErrorDetail,
         "content": {
             "application/json": {
                 "examples": {
@@ -60,8 +60,8 @@ UNAVAILABLE: Responses = {
         },
     }
 }
-NOT_FOUND: Responses = {404: {"description": "Not found", "model": ErrorDetail}}
-CONFLICT: Responses = {409: {"description": "Conflict", "model": FieldErrors}}
+NOT_FOUND: Responses = {404: {"description": "Not found", "model": DatabaseErrorDetail}}
+CONFLICT: Responses = {409: {"description": "Conflict", "model": DatabaseFieldErrors}}
 
 
 def add_handlers(app: FastAPI) -> None:

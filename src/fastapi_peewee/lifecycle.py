@@ -80,11 +80,17 @@ class Peewee:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Closes the pool at shutdown. Also for `FastAPI(lifespan=Peewee(db).lifespan)`, which
-        does all that `init_app` does but one thing: routes name `PeeweeRoute` themselves.
+        """Closes the pool at shutdown, and at startup the connection of the thread's own that was
+        opened as modules were imported (`db.create_tables`, say), which no request would use.
+
+        Also for `FastAPI(lifespan=Peewee(db).lifespan)`, which does all that `init_app` does but
+        one thing: routes name `PeeweeRoute` themselves.
         """
         if self._install(app):
             app.middleware_stack = app.build_middleware_stack()
+        db = self.db
+        if isinstance(db, Database) and not (db.is_closed() or db.in_transaction()):
+            db.close()
         try:
             yield
         finally:

@@ -186,6 +186,8 @@ class Pool:
         self._lock = threading.Lock()
         self._gate = Gate(self.size, max_waiting=self.max_waiting)
         self._breaker = Breaker(self._clock)
+        #: Why the last attempt to connect failed: words only, an exception would keep its frames.
+        self._failure = ""
         #: When a connection was last found dead: those that lay idle then are asked before use.
         self._doubted_at = -math.inf
         self._idle: list[_Held] = []
@@ -340,8 +342,9 @@ class Pool:
         hurried = limit <= _LEAST and limit < self._opener.connect_timeout
         if not self._breaker.admits(hurried=hurried):
             raise DatabaseUnavailable(
-                "The database could not be reached a moment ago; one at a time tries again."
-            )
+                "The database could not be reached a moment ago; one at a time tries again. "
+                f"{self._opener.if_unreachable}"
+            ) from peewee.OperationalError(self._failure)
         epoch, conn, begun = self._epoch, None, self._clock()
         try:
             conn = self._opener.open_connection(limit)
@@ -358,16 +361,22 @@ class Pool:
             if not isinstance(error, peewee.OperationalError | peewee.InternalError | OSError):
                 self._breaker.undecided()  # a database without a name, say
                 raise
+            self._failure = f"{type(error).__name__}: {error}"
+            logger.debug("A connection to the database could not be opened.", exc_info=True)
             hurried = limit < self._opener.connect_timeout / 2
             if hurried and self._clock() - begun >= limit:
                 self._breaker.undecided()
-            else:
-                self._breaker.failed()
+            elif self._breaker.failed():
+                logger.warning(
+                    "The database can't be reached. What needs a new connection fails at once "
+                    "until it can (over HTTP: 503). Why, this logger says at DEBUG: fastapi_peewee."
+                )
             raise DatabaseUnavailable(
                 "The database could not be reached: a new connection failed. "
                 f"{self._opener.if_unreachable}"
             ) from error
-        self._breaker.succeeded()
+        if self._breaker.succeeded():
+            logger.warning("The database can be reached again.")
         self._count("_opened")
         return held
 
