@@ -158,7 +158,7 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
         await db.run(plans.load, query)
         await db.run(plans.load, read(user_id=1))
         await item.acreate(title="a", owner=2)
-    found_one = read(user_id=1).find(db)
+    found_one = read(user_id=1).find_on_loop(db)
     assert found_one is not None
     compiled, params = found_one
     select = compiled.sql, [*compiled.params, *params]
@@ -168,7 +168,7 @@ async def steps(db: Any, user: Any, item: Any) -> list[tuple[str, float]]:
         microseconds(lambda: user.select().where(user.id == 1)),
     )
     note("… its SQL, by its shape", microseconds(lambda: plans._find(db, shape_of(query))))
-    note("… or both, of a prepared query", microseconds(lambda: read(user_id=1).find(db)))
+    note("… or both, of a prepared query", microseconds(lambda: read(user_id=1).find_on_loop(db)))
     note("the statement, with its answer", await amicroseconds(partial(db.aread_texts, *select)))
     note("writing: an instance", microseconds(lambda: item(title="a", owner=2)))
     creation = single.Creation(item(title="a", owner=2), db)

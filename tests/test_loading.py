@@ -22,8 +22,9 @@ from pydantic import (
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, Plan, RowPlan, Texts, plan
 from fastapi_peewee.shapes import MANY
+from tests.apps import client, connected, make_app
 from tests.fidelity import connection
-from tests.shop import ItemOut, UserOut
+from tests.shop import BareUserOut, ItemOut, UserOut
 
 
 class TagOut(BaseModel):
@@ -822,3 +823,113 @@ def instances_too(query: Any, type_: Any, db: Any) -> Any:
     found = answer(plans.plan(query), plans, db)
     assert found == answer(InstancePlan(plans.response, query, "asked for"), plans, db)
     return found
+
+
+def test_a_query_that_was_executed_is_its_rows(
+    db: Any, models: SimpleNamespace, statements: list[str]
+) -> None:
+    """What the endpoint has seen, and perhaps masked, is what is sent; relations are read for it.
+    By `iterator()` no rows are kept, so there they are read again."""
+    for many in (True, False):
+        query = models.User.select().where(models.User.name == "Ada")
+        plans = Plans(list[UserOut] if many else UserOut)
+        read(plans.load(query.clone()), plans)  # a statement is kept
+        for user in query:
+            user.name = "A***"
+        statements.clear()
+        masked = {**ADA, "name": "A***"}
+        assert read(plans.load(query), plans) == ([masked] if many else masked)
+        assert ["user" in sql.split("WHERE")[0] for sql in statements] == [False]
+        assert plans.plan(query).reason.startswith("it has been executed")
+        if many:
+            assert [json.loads(*rows) for rows in plans.plan(query).stream(db, 10)] == [masked]
+        gone = query.clone()
+        for user in gone.iterator():
+            user.name = "A***"
+        assert read(plans.load(gone), plans) == ([ADA] if many else ADA)
+    nobody = models.User.select().where(models.User.name == "Zoe")
+    assert list(nobody) == []
+    models.User.insert(id=4, name="Zoe").execute()
+    plans = Plans(list[UserOut])
+    assert read(plans.load(nobody), plans) == []
+
+
+async def test_a_query_that_was_executed_elsewhere_is_its_rows(database_url: str) -> None:
+    """As well where it was executed by `db.run` and is returned by an `async def` endpoint. Half
+    read, it is refused where the rest can't be had any more."""
+    async with connected(database_url) as db:
+        user, item = staff(db)
+        await db.acreate_tables([user, item])
+        await user.acreate(name="Ada")
+        app = make_app(db)
+
+        @app.get("/", response_model=list[UserOut])
+        async def masked() -> Any:
+            query = user.select()
+            for found in await db.list(query):
+                found.name = "A***"
+            return query
+
+        @app.get("/half", response_model=list[UserOut])
+        async def half() -> Any:
+            query = user.select()
+            (await db.run(lambda: query[0])).name = "A***"
+            return query
+
+        @app.get("/half_in_a_thread", response_model=list[UserOut])
+        def half_in_a_thread() -> Any:
+            query = user.select()
+            query[0].name = "A***"
+            return query
+
+        async with client(app, raises=True) as http:
+            for path in ("/", "/half_in_a_thread", "/"):
+                assert (await http.get(path)).json() == [{"id": 1, "name": "A***", "items": []}]
+            if isinstance(db, peewee.SqliteDatabase):
+                with pytest.raises(TypeError, match=r"a part had been read.* `query\.clone\(\)`"):
+                    await http.get("/half")
+            else:  # the driver has all rows
+                assert (await http.get("/half")).json()[0]["name"] == "A***"
+
+
+ITERATED_ONCE: dict[str, Any] = {
+    "case": lambda user: user.select().order_by(
+        peewee.Case(user.id, zip([3, 1, 2], [0, 1, 2], strict=True))
+    ),
+    "pairs": lambda user: user.select().order_by(
+        peewee.Case(user.id, [iter(pair) for pair in ([3, 0], [1, 1], [2, 2])])
+    ),
+    "sql": lambda user: user.select().order_by(
+        peewee.SQL(f"id = {user._meta.database.param} DESC, id", map(int, ["3"]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ITERATED_ONCE)
+def test_what_can_be_iterated_over_once(db: Any, models: SimpleNamespace, name: str) -> None:
+    """Peewee makes SQL of whatever it can iterate over: also as a query of such a shape comes to
+    be remembered, and where a query is returned."""
+    plans = Plans(list[BareUserOut])
+    for _ in range(3):
+        assert [user.id for user in ITERATED_ONCE[name](models.User)] == [3, 1, 2]
+        answered = read(plans.load(ITERATED_ONCE[name](models.User)), plans)
+        assert [user["id"] for user in answered] == [3, 1, 2]
+
+
+def test_a_list_of_values_that_can_be_iterated_over_once(postgres_url: str) -> None:
+    """The same of `VALUES`, which PostgreSQL gives names to its columns."""
+    with connection(postgres_url) as db:
+        user, _ = staff(db)
+        db.create_tables([user])
+        for name in ("Ada", "Bob", "Eve"):
+            user.create(name=name)
+        plans = Plans(list[BareUserOut])
+
+        def some() -> Any:
+            rows = peewee.ValuesList(zip([3, 1], [1, 2], strict=True), ("number", "place"), "v")
+            joined = user.select().join(rows, on=(rows.c.number == user.id))
+            return joined.order_by(rows.c.place)
+
+        for _ in range(3):
+            assert [found.id for found in some()] == [3, 1]
+            assert [found["id"] for found in read(plans.load(some()), plans)] == [3, 1]

@@ -1,6 +1,9 @@
 """What a relation's query says is done for each parent, whichever plan reads the rows."""
 
-from collections.abc import Callable, Iterator
+from asyncio import _get_running_loop
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -9,9 +12,11 @@ import pytest
 from peewee import SQL, fn
 from pydantic import BaseModel, create_model, model_validator
 
-from fastapi_peewee import SchemaError, depth
+from fastapi_peewee import SchemaError, connect, depth, param, prepared
 from fastapi_peewee.loading import Plans
-from fastapi_peewee.plans import InstancePlan, RowPlan, plan
+from fastapi_peewee.plans import InstancePlan, JsonPlan, RowPlan, plan
+from fastapi_peewee.trees import Relation
+from tests.apps import client, connected, make_app
 from tests.fidelity import connection
 from tests.test_loading import answer, read
 
@@ -380,3 +385,173 @@ def test_rows_of_which_the_parent_s_key_is_all(db: Any, models: SimpleNamespace)
         [2] * 2,
         [],
     ]
+
+
+# Statements are kept. What may be another text for the next request isn't, or not without asking.
+
+VISIBLE: ContextVar[str] = ContextVar("visible", default="")
+
+
+def answers(plans: Plans, query: Callable[[], Any], visible: Iterable[str]) -> list[Any]:
+    """What is answered to these users, one after the other, by one statement that is kept."""
+    found = []
+    for name in visible:
+        VISIBLE.set(name)
+        found.append(read(plans.load(query()), plans))
+    return found
+
+
+class Visible(peewee.Node):
+    """A node of the program's own, which is another value for each request."""
+
+    def __sql__(self, ctx: Any) -> Any:
+        return ctx.value(VISIBLE.get())
+
+
+def looked_up(_: Any) -> Any:
+    return VISIBLE.get()
+
+
+SEEN_BY_ONE: dict[str, Callable[[Any], Any]] = {
+    "a node": lambda item: item.select().where(item.title == Visible()),
+    "a converter": lambda item: item.select().where(
+        item.title == peewee.Value(None, converter=looked_up)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["select()", *SEEN_BY_ONE])
+def test_rows_that_not_everybody_may_see(
+    db: Any, models: SimpleNamespace, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks gets what a relation's query says for them, though others asked before."""
+    items: Any = list[ItemOut]
+    if how == "select()":
+        theirs = models.Item.select
+
+        def select(cls: Any, *fields: Any) -> Any:
+            return theirs(*fields).where(cls.title == VISIBLE.get())
+
+        monkeypatch.setattr(models.Item, "select", classmethod(select))
+    else:
+        items = Annotated[items, SEEN_BY_ONE[how](models.Item)]
+    wanted = users_with(items=(items, ...))
+    by_one, ordered = models.User.name == "Ada", models.User.select().order_by(models.User.id)
+    expected = {"a": "a a", "b": "b", "": ""}
+    for query in (lambda: ordered.where(by_one), lambda: ordered.where(models.User.id << [1, 1])):
+        found = answers(Plans(wanted), query, "abab")
+        assert [titles(each) for each in found] == [[expected[name]] for name in "abab"]
+    read_users = prepared(ordered.where(models.User.name == param("name")), wanted)
+    found = answers(Plans(wanted), lambda: read_users(name="Ada"), ["a", "b", "", "a"])
+    assert [titles(each) for each in found] == [["a a"], ["b"], [""], ["a a"]]
+
+
+def test_a_query_that_is_the_same_for_all_is_not_asked_again(
+    db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peewee's own `select()`, and a query of Peewee's own nodes, cost later requests nothing."""
+    item = models.Item
+    some = item.select().where(item.title != "b").order_by(item.title.desc()).limit(1)
+    plans = Plans(users_with(items=(Annotated[list[ItemOut], some], ...)))
+
+    def by_name(name: str) -> Any:
+        return models.User.select().where(models.User.name == name)
+
+    assert titles(read(plans.load(by_name("Ada")), plans)) == ["a"]
+
+    def refuse(_: Any) -> Any:
+        raise AssertionError("the relation's query was made anew")
+
+    monkeypatch.setattr(Relation, "children", refuse)
+    assert titles(read(plans.load(by_name("Bob")), plans)) == ["c"]
+
+
+def renamed(db: Any, model: Any) -> None:
+    """The model's table is another one from now on, which is empty."""
+    table, other = model._meta.table_name, f"{model._meta.table_name}_2"
+    quoted = f"`{table}`" if isinstance(db, peewee.MySQLDatabase) else f'"{table}"'
+    db.execute_sql(f"CREATE TABLE {other} AS SELECT * FROM {quoted} WHERE 1 = 0")
+    model._meta.set_table_name(other)
+
+
+@pytest.mark.parametrize("name", ["Item", "Tagged", "Part"])
+def test_a_table_that_is_given_another_name(db: Any, models: SimpleNamespace, name: str) -> None:
+    """The rows are those of the table that the model has now: the relation's, a link table's, or
+    one that a relation's query names."""
+    item, ada = models.Item, models.User.select().where(models.User.name == "Ada")
+    key, rows, before = {
+        "Item": ("items", list[ItemOut], "a a b"),
+        "Tagged": ("tags", list[ItemOut], "red blue"),
+        "Part": ("items", Annotated[list[ItemOut], item.select().join(models.Part)], "a"),
+    }[name]
+    plans = Plans(users_with(**{key: (rows, ...)}))
+    assert isinstance(plans.plan(ada), JsonPlan)
+    for expected in (before, ""):
+        for _ in range(2):
+            assert titles(read(plans.load(ada), plans), key) == [expected]
+        if expected:
+            renamed(db, getattr(models, name))
+
+
+def test_a_prepared_query_of_a_table_that_is_given_another_name(
+    db: Any, models: SimpleNamespace
+) -> None:
+    """It reads from the table that the model has now."""
+    type_ = users_with()
+    ada = prepared(models.User.select().where(models.User.name == param("name")), type_)
+    plans = Plans(type_)
+    for expected in ([{"name": "Ada"}], []):
+        for _ in range(2):
+            assert read(plans.load(ada(name="Ada")), plans) == expected
+        if expected:
+            renamed(db, models.User)
+
+
+def test_a_relation_in_another_database(db: Any, models: SimpleNamespace, tmp_path: Path) -> None:
+    """It is refused with words, by every plan, and not read from a table of that name here."""
+    other = connect(f"sqlite:///{tmp_path}/other.db")
+    models.Item.bind(other, bind_refs=False, bind_backrefs=False)
+    plans = Plans(users_with(items=(list[ItemOut], ...)))
+    for given in (models.User.select(), list(models.User.select())):
+        with pytest.raises(SchemaError, match="items: Item is in another database than User"):
+            plans.load(given)
+    proxy = peewee.DatabaseProxy()
+    proxy.initialize(db)
+    models.Item.bind(proxy, bind_refs=False, bind_backrefs=False)
+    assert titles(read(plans.load(models.User.select()), plans)) == ["a a b", "a c", ""]
+
+
+async def test_rows_that_not_everybody_may_see_of_an_async_endpoint(database_url: str) -> None:
+    """The program's own `select()` is asked in a thread, not on the event loop."""
+    reads = {"inline_reads": 30.0} if database_url.startswith("sqlite") else {}
+    async with connected(database_url, **reads) as db:
+
+        class User(db.Model):
+            name = peewee.CharField()
+
+        class Item(db.Model):
+            title = peewee.CharField()
+            owner = peewee.ForeignKeyField(User, backref="items")
+
+            @classmethod
+            def select(cls, *fields: Any) -> Any:
+                assert _get_running_loop() is None
+                return super().select(*fields).where(cls.title == VISIBLE.get())
+
+        await db.acreate_tables([User, Item])
+        ada = await User.acreate(name="Ada")
+        for title in ("a", "b"):
+            await Item.acreate(title=title, owner=ada)
+        app, type_ = make_app(db), users_with(items=(list[ItemOut], ...))
+        everybody = prepared(User.select(), type_)
+
+        @app.get("/{name}", response_model=type_)
+        async def users(name: str, *, kept: bool) -> Any:
+            VISIBLE.set(name)
+            return everybody() if kept else User.select()
+
+        async with client(app, raises=True) as http:
+            for kept in (False, True):
+                for name in "abab":
+                    found = (await http.get(f"/{name}", params={"kept": kept})).json()
+                    assert titles(found) == [name]

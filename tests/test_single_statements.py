@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import io
 import os
 import threading
 import uuid
@@ -16,6 +17,7 @@ from playhouse.signals import Model as SignalModel
 from playhouse.signals import pre_save
 
 from fastapi_peewee import Database, OutcomeUnknown
+from fastapi_peewee.shapes import MANY
 from fastapi_peewee.sockets import Steps, Watch
 from fastapi_peewee.state import RequestScope
 from fastapi_peewee.verbs import AsyncModelMixin
@@ -140,6 +142,44 @@ async def test_fields_that_can_be_read_once(db: Database, note: Any, asked: list
         assert (await note.aget_by_id(made.id)).number == number
         assert [field.name for field in made.dirty_fields] == ["key"]
     assert asked
+
+
+async def test_filters_that_can_be_read_once(db: Database, note: Any, asked: list[Steps]) -> None:
+    """Keyword arguments may hold generators: also where Peewee makes the SQL, in a thread."""
+    made = await note.acreate(text="c")
+    for count in (2, 2, 2, MANY + 1):
+        keys = (made.id + number for number in range(count))
+        assert await note.aget_or_none(id__in=keys) == made
+    assert asked
+
+
+async def test_values_that_can_be_read_once(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field may read the file that it is given: also where the event loop can't do it just now,
+    and a thread has to."""
+
+    class Uploaded(peewee.BlobField):
+        def db_value(self, value: Any) -> Any:
+            return super().db_value(value.read())
+
+    async with connected(database_url) as db:
+
+        class Upload(db.Model):
+            data = Uploaded()
+
+        async def not_now(*_: Any) -> None:
+            return None
+
+        await db.acreate_tables([Upload])
+        for _ in range(3):
+            await Upload.acreate(data=io.BytesIO(b"content"))
+        monkeypatch.setattr(db, "aexecute_compiled", not_now)
+        made = [await Upload.acreate(data=io.BytesIO(b"content")) for _ in range(2)]
+        await Upload.aset_by_id(made[0].id, {"data": io.BytesIO(b"other")})
+        found = await db.list(Upload.select().order_by(Upload.id))
+        assert [bytes(upload.data) for upload in found] == [b"content"] * 3 + [b"other", b"content"]
+        assert found[3:] == made
 
 
 async def test_what_is_assigned_meanwhile(db: Database, note: Any, asked: list[Steps]) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import io
 import json
 import operator
 from collections.abc import Callable
@@ -111,20 +112,22 @@ def test_no_two_of_these_share_a_template() -> None:
     assert len({made_anew(SQLITE, make(1, "a"))[0] for make in CACHED.values()}) == len(CACHED)
 
 
+class Shouting(peewee.CharField):
+    def db_value(self, value: Any) -> Any:
+        return peewee.fn.UPPER(value) if value == "loud" else value
+
+
 def test_a_value_that_its_field_makes_into_sql_is_left_to_peewee() -> None:
     """A converter may make a node of one value and not of the next."""
-
-    class Shouting(peewee.CharField):
-        def db_value(self, value: Any) -> Any:
-            return peewee.fn.UPPER(value) if value == "loud" else value
 
     class Speech(Base):
         text = Shouting()
 
     cache = SqlCache(SQLITE)
     quiet, loud = Speech.insert(text="quiet"), Speech.insert(text="loud")
-    for _ in range(2):
-        assert cache.statement(loud) is None  # it can't be compiled
+    assert cache.statement(loud) is None
+    assert from_cache(cache, loud) == made_anew(SQLITE, loud)
+    assert cache.statement(loud) is None  # it couldn't be compiled
     cache = SqlCache(SQLITE)
     assert cache.statement(quiet) is None
     assert cache.statement(quiet) is not None
@@ -173,7 +176,41 @@ def test_a_statement_that_has_made_something_of_a_tag_is_not_remembered(
     monkeypatch.setattr(peewee.Field, "to_value", lambda self, value: convert(value))
     cache = SqlCache(SQLITE)
     for name in "abc":
-        assert cache.statement(User.update(name=name)) is None
+        query = User.update(name=name)
+        assert from_cache(cache, query) in (None, made_anew(SQLITE, query))
+    assert list(cache._templates.values()) == [False]
+
+
+READ_ONCE: dict[str, Callable[[Any, Any], Any]] = {
+    "insert": lambda upload, value: upload.insert(data=value),
+    "update": lambda upload, value: upload.update(data=value).where(upload.id == 1),
+    "select": lambda upload, value: upload.select().where(upload.data == value),
+    "insertion": lambda upload, value: (upload, {"data": value}),
+    "refused": lambda upload, value: upload.update(data=value).where(upload.text == "loud"),
+}
+
+
+@pytest.mark.parametrize("name", READ_ONCE)
+def test_a_value_is_converted_once_for_each_execution(name: str) -> None:
+    """What a converter reads, a file, say, isn't there a second time: also not as a statement comes
+    to be remembered, or turns out not to be one that can be."""
+
+    class Uploaded(peewee.BlobField):
+        def db_value(self, value: Any) -> Any:
+            return value.read()
+
+    class Upload(Base):
+        data = Uploaded()
+        text = Shouting(null=True)
+
+    cache = SqlCache(SQLITE)
+    for _ in range(4):
+        made = READ_ONCE[name](Upload, io.BytesIO(b"content"))
+        found = cache.insertion(*made) if name == "insertion" else cache.statement(made)
+        if found is None:  # then Peewee makes it, which converts the values
+            query = Upload.insert(**made[1]) if name == "insertion" else made
+            found = SQLITE.get_sql_context().parse(query)
+        assert b"content" in found[1]
 
 
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
@@ -307,11 +344,11 @@ def test_rows_of_a_model_that_is_changed_while_its_sql_is_made() -> None:
             database = SQLITE
 
     class Renaming(SqlCache):
-        def _template(self, query: Any, shape: Any) -> Any:
-            template = super()._template(query, shape)
-            if template is not None and Log._meta.table_name == "log":
+        def _statement(self, query: Any, shape: Any) -> Any:
+            statement = super()._statement(query, shape)
+            if statement is not None and Log._meta.table_name == "log":
                 Log._meta.set_table_name("other")
-            return template
+            return statement
 
     cache, row = Renaming(SQLITE), {"text": "a"}
     assert inserted(cache, Log, row) is None
@@ -423,10 +460,11 @@ def test_rows_of_many_columns_are_remembered() -> None:
 
 
 def test_what_is_known_of_sql(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found out once for each text, but for those with many values. What is full begins
-    anew.
+    """It is found out once for each text, but for those with many values, and long ones. What is
+    full begins anew.
     """
     monkeypatch.setattr(sql_cache, "_KEPT", 3)
+    monkeypatch.setattr(sql_cache, "_LONGEST", 5000)
     asked: list[str] = []
 
     def ask(sql: str) -> int:
@@ -442,6 +480,9 @@ def test_what_is_known_of_sql(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             assert [known[text] for text in texts] == list(map(len, texts))
         assert [asked.count(text) for text in texts] == [1, 2]
+    long_text = "1" * 5001
+    assert [known[long_text], known[long_text]] == [5001, 5001]
+    assert asked.count(long_text) == 2
     assert len(known) == 3
     assert known["b"] == 1
     assert list(known) == ["b"]

@@ -12,7 +12,7 @@ import re
 import threading
 from asyncio.events import _get_running_loop
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from threading import get_ident
 from typing import Any, NoReturn, ParamSpec, TypeVar, overload
@@ -527,15 +527,14 @@ class Database(AsyncNames, Reads):
             await run_follow_ups(lease)
 
     async def run_single(self, work: single.Single[T], *, reads: bool) -> T:
-        """`await run(work.fn)`, of which the query reads or writes: on the event loop, where the
-        database can do that and no block is open.
+        """`await run(work.execute, …)`, of which the query reads or writes: on the event loop,
+        where the database can do that and no block is open.
         """
+        statement = None
         on_the_loop = self.reads_on_the_loop if reads else self.writes_on_the_loop
         if on_the_loop and self._state.lease() is None and not self.watched:
-            try:
+            with suppress(BlockingQuery):  # a default value or a converter asks the database
                 statement = work.statement(self._sql_cache)
-            except BlockingQuery:  # a default value or a converter asks the database
-                statement = None
             if statement is not None:
                 cursor = await self.aexecute_compiled(*statement)
                 if cursor is not None:
@@ -543,7 +542,7 @@ class Database(AsyncNames, Reads):
                         return work.finish(cursor, single.refuse)
                     except BlockingQuery:  # what makes objects of the rows asks it
                         return await self.run(work.finish, cursor.again())
-        return await self.run(work.fn)
+        return await self.call(partial(work.execute, self, statement))
 
     @overload
     async def run(self, fn: Callable[..., T], /, *args: Any, retries: int, **kwargs: Any) -> T: ...

@@ -14,7 +14,7 @@ from peewee import Model
 
 from .columns import base_model
 from .database import Database
-from .plans import Compiled, JsonPlan, Plan, Texts, plan
+from .plans import Compiled, JsonPlan, Plan, Texts, plan, was_executed
 from .reading import complete
 from .reads import NotBuilt
 from .response_types import Response
@@ -119,13 +119,15 @@ class Plans:
                 f"A {type(query).__name__} was returned that has not been executed. Call its "
                 "`execute()` and return what the client should see."
             )
-        shape = None if self._in_python else shape_of(query)
+        shape = None if self._in_python or was_executed(query) else shape_of(query)
         db = database_of(query)
         if found := self._find(db, shape):
             with suppress(NotBuilt):
                 return found[0].load(found[1])
         chosen = self.plan(query)
-        if shape is not None and isinstance(chosen, JsonPlan):
+        known = None if shape is None else self._compiled.get((id(db), shape.key))
+        # One that doesn't hold now may hold for the next request, unless it was for other tables.
+        if shape and isinstance(chosen, JsonPlan) and (known is None or known.around.renamed):
             compiled = chosen.compile(db, shape)
             if compiled is not None:
                 if len(self._compiled) >= _SHAPES_KEPT:
@@ -133,10 +135,12 @@ class Plans:
                 self._compiled[id(db), shape.key] = compiled
         return chosen.load(db)
 
-    def _find(self, db: Any, shape: Shape | None) -> tuple[Compiled, list[Any]] | None:
+    def _find(
+        self, db: Any, shape: Shape | None, *, on_loop: bool = False
+    ) -> tuple[Compiled, list[Any]] | None:
         """The statement that was compiled for queries of this shape, and its parameters."""
         compiled = None if shape is None else self._compiled.get((id(db), shape.key))
-        if compiled is None or shape is None:
+        if compiled is None or shape is None or not compiled.around.holds(on_loop=on_loop):
             return None
         params = compiled.template.bind(shape.values)
         return None if params is None else (compiled, params)  # None: the SQL depends on a value
@@ -151,9 +155,10 @@ class Plans:
         if self._in_python or not isinstance(db, Database):
             return None
         if isinstance(query, PreparedQuery):
-            found = query.find(db) if self._by_alias and query.type == self._type else None
+            found = query.find_on_loop(db) if self._by_alias and query.type == self._type else None
         else:
-            found = self._find(db, shape_of(query))
+            shape = None if was_executed(query) else shape_of(query)
+            found = self._find(db, shape, on_loop=True)
         if found is None:
             return None
         loaded = await found[0].aload(found[1])
@@ -254,20 +259,27 @@ class Prepared:
 
     def load(self, values: Mapping[str, Any]) -> Any:
         db = database_of(self.plain)
-        if id(db) not in self._compiled:
+        compiled = self._compiled.get(id(db), True)
+        if compiled is True or (compiled and compiled.around.renamed):
             chosen = self.plans.plan(self.plain)
-            compiled = chosen.compile(db, self._shape) if isinstance(chosen, JsonPlan) else None
+            # The same values and parameters, but perhaps of other tables.
+            shape = shape_of(self.plain, parameters=True) or self._shape
+            compiled = chosen.compile(db, shape) if isinstance(chosen, JsonPlan) else None
             self._compiled[id(db)] = compiled
         if found := self.find(db, values):
             with suppress(NotBuilt):
                 return found[0].load(found[1])
         return self.plans.load(with_values(self.plain, values))
 
-    def find(self, db: Any, values: Mapping[str, Any]) -> tuple[Compiled, list[Any]] | None:
+    def find(
+        self, db: Any, values: Mapping[str, Any], *, on_loop: bool = False
+    ) -> tuple[Compiled, list[Any]] | None:
         """The compiled statement and its parameters, if there is one."""
         compiled = self._compiled.get(id(db))
-        params = None if compiled is None else compiled.template.bind_named(values)
-        return None if compiled is None or params is None else (compiled, params)
+        if compiled is None or not compiled.around.holds(on_loop=on_loop):
+            return None
+        params = compiled.template.bind_named(values)
+        return None if params is None else (compiled, params)
 
 
 class PreparedQuery:
@@ -282,8 +294,8 @@ class PreparedQuery:
     def load(self) -> Any:
         return self._prepared.load(self._values)
 
-    def find(self, db: Any) -> tuple[Compiled, list[Any]] | None:
-        return self._prepared.find(db, self._values)
+    def find_on_loop(self, db: Any) -> tuple[Compiled, list[Any]] | None:
+        return self._prepared.find(db, self._values, on_loop=True)
 
     @property
     def type(self) -> Any:

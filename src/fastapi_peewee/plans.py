@@ -11,7 +11,9 @@ All give the same JSON. Nothing is kept here: `loading` does that.
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from inspect import getattr_static
 from itertools import islice
+from operator import is_
 from typing import Any, Literal, NamedTuple
 
 import peewee
@@ -23,10 +25,10 @@ from .json_sql import NoJson, writer
 from .reading import complete, count_relations, dictionaries, one_snapshot
 from .reads import NotBuilt, encoded
 from .response_types import Response
-from .shapes import Shape
+from .shapes import Shape, shape_of
 from .state import translate_driver_errors
 from .templates import Template, compile_template
-from .trees import Tree
+from .trees import Relation, Tree
 
 _ONE = SQL("1")
 
@@ -83,6 +85,8 @@ class JsonPlan(Plan):
     def __init__(self, response: Response, db: Any, tree: Tree, narrowed: Narrowed, by_alias: bool):
         super().__init__(response)
         self._rows = RowPlan(response, tree, narrowed, "the database couldn't build the JSON")
+        self._tree = tree
+        self._made: tuple[str, list[Any]] | None = None
         sql = writer(db)(db, by_alias)
         self._before, self._after = around = sql.around(tree, narrowed)
         listed = sql.listed(tree, narrowed, *around) if response.many else None
@@ -96,7 +100,7 @@ class JsonPlan(Plan):
         return self._statement(db, self._before_all)
 
     def _statement(self, db: Any, before: str) -> tuple[str, list[Any]]:
-        text, params = db.get_sql_context().parse(self._query)
+        text, params = self._made or db.get_sql_context().parse(self._query)
         return before + text + self._after, self._params + params
 
     def load(self, db: Any) -> Any:
@@ -125,11 +129,16 @@ class JsonPlan(Plan):
 
     def compile(self, db: Any, shape: Shape) -> "Compiled | None":
         """What loads all queries of this shape. None if values and parameters can't be matched."""
-        template = compile_template(self._query, shape, db)
+        if shape.parameters:
+            template = compile_template(self._query, shape, db)
+        else:  # what `load()` needs as well is made once: it converts the values
+            self._made = db.get_sql_context().parse(self._query)
+            template = compile_template(self._query, shape, db, self._made)
         if template is None:
             return None
         sql = self._before_all + template.sql + self._after
-        return Compiled(db, sql, self._params, template, self._many)
+        around = _Around(db, self._tree, shape if shape.parameters else None)
+        return Compiled(db, sql, self._params, template, self._many, around)
 
 
 def _run(db: Any, sql: str, params: Sequence[Any], many: bool) -> Texts:
@@ -148,6 +157,62 @@ def _refused_json(db: Any) -> Iterator[None]:
         raise
 
 
+class _Around:
+    """What a json plan's statement was made of besides the query that is executed.
+
+    The relations' rows are read by the text around that query. It is the same for every request,
+    unless a model's `select()` is the program's own (which may look at the user of the request), a
+    relation's query has nodes or converters that are, or a table gets another name.
+
+    Args:
+        db: the database.
+        tree: of the response.
+        shape: of the query itself, if that is part of the text.
+    """
+
+    def __init__(self, db: Any, tree: Tree, shape: Shape | None) -> None:
+        self._db = db
+        models = set() if shape is None else shape.models
+        #: Those that have to be asked anew, and what they said.
+        self._asked: list[tuple[Relation, tuple[str, list[Any]]]] = []
+        for relation in (relation for each in tree.all() for relation in each.relations):
+            models |= {relation.tree.model, relation.fk.model}
+            if relation.query is None:
+                same = getattr_static(relation.tree.model, "select") is _PEEWEES_SELECT
+            else:
+                shape = shape_of(relation.query)
+                template = None if shape is None else compile_template(relation.query, shape, db)
+                same = template is not None and template.converts_alone
+                models |= set() if shape is None else shape.models
+            if not same:
+                self._asked.append((relation, self._ask(relation)))
+        self._tables = [(model._meta, *_table(model._meta)) for model in models]
+
+    def _ask(self, relation: Relation) -> tuple[str, list[Any]]:
+        sql, params = self._db.get_sql_context().parse(relation.children())
+        return sql, params
+
+    @property
+    def renamed(self) -> bool:
+        """Whether a table is another one now, so that the statement is of no more use."""
+        return not all(all(map(is_, then, _table(meta))) for meta, *then in self._tables)
+
+    def holds(self, *, on_loop: bool) -> bool:
+        """Whether it would be made in the same way now; on an event loop, where nothing may wait,
+        not if the program's own code has to be asked.
+        """
+        if self.renamed or (on_loop and self._asked):
+            return False
+        return all(self._ask(relation) == said for relation, said in self._asked)
+
+
+_PEEWEES_SELECT = getattr_static(peewee.Model, "select")
+
+
+def _table(meta: Any) -> tuple[Any, Any, Any]:
+    return meta.table, meta.schema, meta.table_name  # Peewee makes the table anew, or should
+
+
 class Compiled(NamedTuple):
     """A json plan's statement, for queries that differ from the one it was made of in values.
 
@@ -159,6 +224,7 @@ class Compiled(NamedTuple):
     params: list[Any]
     template: Template
     many: bool
+    around: "_Around"
 
     def load(self, params: Sequence[Any]) -> Texts:
         """Raises `NotBuilt` if the rows have to be read in another way."""
@@ -216,13 +282,25 @@ class InstancePlan(Plan):
         return sql, params
 
     def load(self, db: Any) -> Any:
-        query = self._complete().clone()
-        query._cursor_wrapper = None
         with one_snapshot(db, self._statements()):
-            found = complete(db, list(query.execute(db)), self.response)
+            found = complete(db, self._rows(db), self.response)
         if not self.response.one:
             return found
         return found[0] if found else None
+
+    def _rows(self, db: Any) -> list[Any]:
+        if not was_executed(self._query):
+            query = self._complete().clone()
+            query._cursor_wrapper = None
+            return list(query.execute(db))
+        try:
+            return list(self._query)
+        except peewee.ProgrammingError as error:
+            raise TypeError(
+                "A query was returned of which a part had been read, by an index or a loop that "
+                "was left, on a connection that has been given back. Return `query.clone()`, which "
+                "is read anew, or the list of all its rows."
+            ) from error
 
     def _statements(self) -> int:
         model = getattr(self._query, "model", None)
@@ -239,7 +317,8 @@ class InstancePlan(Plan):
         return completed(query, self.response.tree(base_model(query)))
 
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
-        if getattr(self._query, "_load_tree", None):  # Peewee loads for all rows at once
+        # `with_related()` loads for all rows at once.
+        if getattr(self._query, "_load_tree", None) or was_executed(self._query):
             found = self.load(db)
             for start in range(0, len(found), size):
                 yield self.response.dump(found[start : start + size])
@@ -272,6 +351,8 @@ def plan(
         SchemaError: the response type contains itself, to no stated depth.
     """
     _check_depth(query, response)
+    if was_executed(query):
+        return InstancePlan(response, query, "it has been executed: its rows are sent")
     if response.one and isinstance(query, BaseModelSelect):
         query = query.limit(_ONE) if query._limit is None else query
     try:
@@ -296,6 +377,14 @@ def plan(
         return JsonPlan(response, db, tree, narrowed, by_alias)
     except NoJson as error:
         return RowPlan(response, tree, narrowed, str(error))
+
+
+def was_executed(query: Any) -> bool:
+    """Whether a query has rows that it was executed for, as Peewee's have once one iterates over
+    them. They are what the endpoint has seen, and maybe changed. (`iterator()` keeps none.)
+    """
+    rows = getattr(query, "_cursor_wrapper", None)
+    return rows is not None and len(rows.row_cache) == rows.count
 
 
 def _check_depth(query: Any, response: Response) -> None:

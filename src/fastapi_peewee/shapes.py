@@ -45,6 +45,12 @@ class Shape(NamedTuple):
         """Of the `param(…)`s in it."""
         return frozenset(value.name for value in self.values if type(value) is Parameter)
 
+    @property
+    def models(self) -> set[Any]:
+        """Those that it reads from, and some that it only names."""
+        assert isinstance(self.key, tuple)
+        return {token for token in self.key if isinstance(token, ModelBase)}
+
 
 class Parameter(peewee.ColumnBase):
     """A value that comes later, by name. See `param()`."""
@@ -109,6 +115,7 @@ SQL_MAKERS = (Node, ModelBase)
 
 NULL_TESTS = (peewee.OP.IS, peewee.OP.IS_NOT)
 _LIST_TESTS = (peewee.OP.IN, peewee.OP.NOT_IN)
+_LISTS = frozenset((list, tuple))
 _SELECTS = (peewee.Select, peewee.ModelSelect, peewee.ManyToManyQuery)
 _COMPOUNDS = (peewee.CompoundSelectQuery, peewee.ModelCompoundSelectQuery)
 QUERIES = frozenset(_SELECTS + _COMPOUNDS)
@@ -323,9 +330,19 @@ def _walk_bare(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, 
 
 def _walk_sql(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
     params = node.params or ()
+    if type(params) not in _LISTS:
+        raise Unknown
     tokens += peewee.SQL, _token(node.sql), len(params), _token(node._converter)
     for value in params:
         _walk_bare(value, tokens, values, seen)
+
+
+def _walk_rows(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
+    """What has a list of lists, of whatever can be iterated over: perhaps but once."""
+    rows = node.expression_tuples if type(node) is peewee.Case else node._values
+    if type(rows) not in _LISTS or not _LISTS.issuperset(map(type, rows)):
+        raise Unknown
+    _walk_node(node, tokens, values, seen)
 
 
 def _walk_window(node: Any, tokens: list[Any], values: list[Any], seen: dict[Any, Any]) -> None:
@@ -464,6 +481,7 @@ _WALKS: dict[Any, Callable[[Any, list[Any], list[Any], dict[Any, Any]], None]] =
     **dict.fromkeys(EXPRESSIONS, _walk_expression),
     **dict.fromkeys(QUERIES, _walk_query),
     **dict.fromkeys((Parameter, NamedTag), _walk_parameter),
+    **dict.fromkeys((peewee.Case, peewee.ValuesList), _walk_rows),
     peewee.Column: _walk_column,
     peewee.SQL: _walk_sql,
     peewee.Window: _walk_window,

@@ -88,7 +88,8 @@ class Single(Generic[T]):
     """A function of Peewee's that executes one query, and does nothing else that waits."""
 
     def __init__(self, fn: Callable[[], T]) -> None:
-        self.fn = fn
+        self._fn = fn
+        self._query: Any = None
 
     def statement(self, cache: SqlCache) -> tuple[str, list[Any]] | None:
         """What somebody else executes, SQL and parameters; None if Peewee has to make that.
@@ -96,12 +97,25 @@ class Single(Generic[T]):
         Raises:
             BlockingQuery: for that, the database has to be asked.
         """
-        query = query_of(self.fn)
-        return None if query is None else without_queries(cache.statement, query)
+        self._query = query_of(self._fn)
+        return None if self._query is None else without_queries(cache.statement, self._query)
+
+    def execute(self, db: Any, statement: tuple[str, list[Any]] | None) -> T:
+        """What the function returns, of which the query is executed here, on a connection.
+
+        What was made of it before is not made anew: a filter may be a generator, and to convert a
+        value may be to read a file.
+
+        Args:
+            statement: what `statement()` has returned; None as well if that wasn't called.
+        """
+        if statement is not None:
+            return self.finish(db.execute_sql(*statement))
+        return self._fn() if self._query is None else self.finish(db.execute(self._query))
 
     def finish(self, cursor: Any, others: Callable[[Any], Any] | None = None) -> T:
         """What the function returns, now that its query has been executed."""
-        return with_result(self.fn, cursor, others)
+        return with_result(self._fn, cursor, others)
 
 
 #: Keys that the database counts.

@@ -8,6 +8,8 @@ from .templates import Template, compile_template
 
 #: How many shapes a database keeps, and how many kinds of rows.
 _KEPT = 1000
+#: How long a text is at most of which something is remembered. It may be full of literals.
+_LONGEST = 20_000
 
 T = TypeVar("T")
 
@@ -20,7 +22,7 @@ class Statement(str):
 
 class Known(dict[str, T]):
     """What a function says of SQL, which is remembered: `Known(function)[sql]`. Of what has many
-    values it is asked each time.
+    values, or is long, it is asked each time.
     """
 
     def __init__(self, ask: Callable[[str], T]) -> None:
@@ -28,7 +30,7 @@ class Known(dict[str, T]):
 
     def __missing__(self, sql: str) -> T:
         said = self._ask(sql)
-        if sql.count("?") + sql.count("%s") <= MANY:
+        if len(sql) <= _LONGEST and sql.count("?") + sql.count("%s") <= MANY:
             if len(self) >= _KEPT:
                 self.clear()
             self[sql] = said
@@ -51,10 +53,7 @@ class SqlCache:
     def statement(self, query: Any) -> tuple[str, list[Any]] | None:
         """The SQL and the parameters of a query, or None: then Peewee has to make them."""
         shape = shape_of_write(query) if type(query) in WRITES else shape_of(query)
-        if shape is None:
-            return None
-        template = self._template(query, shape)
-        return None if template is None else _bound(template, shape.values)
+        return None if shape is None else self._statement(query, shape)
 
     def insertion(self, model: Any, row: dict[str, Any]) -> tuple[str, list[Any]] | None:
         """The same of `model.insert(**row)`, which is made for the first such rows only.
@@ -76,15 +75,17 @@ class SqlCache:
             return _bound(known[1], values)
         query = model.insert(**row)
         shape = shape_of_write(query)
-        if shape is None or (template := self._template(query, shape)) is None:
+        if shape is None:
             return None
-        if len(shape.values) == len(row):  # not two names of one field, as a column's and its own
+        statement, template = self._statement(query, shape), self._templates.get(shape.key)
+        # Not two names of one field, as a column's and its own.
+        if isinstance(template, Template) and len(shape.values) == len(row):
             if len(self._insertions) >= _KEPT:
                 self._insertions.clear()
             self._insertions[names] = table, template
-        return _bound(template, shape.values)
+        return statement
 
-    def _template(self, query: Any, shape: Shape) -> Template | None:
+    def _statement(self, query: Any, shape: Shape) -> tuple[str, list[Any]] | None:
         template = self._templates.get(shape.key, True)
         if template is True:
             if len(self._templates) >= _KEPT:
@@ -92,11 +93,14 @@ class SqlCache:
             self._templates[shape.key] = None
             return None
         if template is None:
-            template = compile_template(query, shape, self._database) or False
+            # What is executed now. Made once: to convert a value may be to read a file.
+            made = self._database.get_sql_context().parse(query)
+            template = compile_template(query, shape, self._database, made) or False
             if isinstance(template, Template):
                 template.sql = Statement(template.sql)
             self._templates[shape.key] = template
-        return template if isinstance(template, Template) else None
+            return Statement(made[0]), made[1]
+        return _bound(template, shape.values) if isinstance(template, Template) else None
 
 
 def _bound(template: Template, values: list[Any]) -> tuple[str, list[Any]] | None:

@@ -60,6 +60,14 @@ class Template:
         self._values = values
         self.names = frozenset(v.name for v in values or () if type(v) is Parameter)
 
+    @property
+    def converts_alone(self) -> bool:
+        """Whether nobody's code but Peewee's own converts the values: always in the same way."""
+        return all(
+            convert is None or convert.__module__.partition(".")[0] in ("peewee", "playhouse")
+            for _, convert in self._plan
+        )
+
     def bind(self, values: Sequence[Any]) -> list[Any] | None:
         """The parameters for `sql`: the values of a query with the same key, converted.
 
@@ -206,7 +214,9 @@ def _refuse_values(node: Any) -> None:
         raise Unknown
 
 
-def compile_template(query: Any, shape: Shape, database: Any) -> Template | None:
+def compile_template(
+    query: Any, shape: Shape, database: Any, made: tuple[str, list[Any]] | None = None
+) -> Template | None:
     """The statement of all queries with this shape, or None if it can't be proven to be theirs.
 
     It costs some three times as much as `query.sql()`. What that raises, is raised.
@@ -216,6 +226,8 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
             limit. The clone's values must be in nodes that it has in common with the query: in
             items of the select list (or in what these are aliases of), or in a whole clause.
         database: the template is for this one, and others that are set up in the same way.
+        made: what Peewee makes of the query, where the caller has had that made already: values
+            are converted as it is.
     """
     if database.context_class is not peewee.Context:
         return None
@@ -234,7 +246,7 @@ def compile_template(query: Any, shape: Shape, database: Any) -> Template | None
         return None
     options = database.get_context_options()
     context = Recorder(**options) if shape.names else database.get_sql_context()
-    real_sql, real_parameters = context.parse(query)
+    real_sql, real_parameters = made or context.parse(query)
     try:
         sql, slots = Recorder(**options).parse(tagged)
     except Exception:

@@ -10,6 +10,8 @@ from typing import Any
 
 import peewee
 
+from .exceptions import SchemaError
+
 
 class Depth:
     """See `depth()`. Each is another: by which one a relation is followed is counted."""
@@ -109,7 +111,18 @@ class Relation:
         return self.fk.rel_field if self.many else self.fk
 
     def children(self) -> Any:
-        """The other model's rows of all parents, unordered if nothing is said of their order."""
+        """The other model's rows of all parents, unordered if nothing is said of their order.
+
+        Raises:
+            SchemaError: they are in another database.
+        """
+        for model in (self.tree.model, self.fk.model):
+            if _database(model) is not _database(self.link.model):
+                raise SchemaError(
+                    f"{self.name}: {model.__name__} is in another database than "
+                    f"{self.link.model.__name__}, so one can't be read with the other. Read it in "
+                    "the endpoint, and return instances or dictionaries that have it."
+                )
         query = self.tree.model.select() if self.query is None else self.query
         if self.through is not None and not reads_from(query, self.through.model):
             target = self.through.rel_field
@@ -208,6 +221,11 @@ class Tree:
         yield self
         for relation in self.relations:
             yield from relation.tree.all()
+
+
+def _database(model: Any) -> Any:
+    db = model._meta.database
+    return db.obj if isinstance(db, peewee.Proxy) else db
 
 
 def primary_key(model: Any) -> list[Any]:
