@@ -83,10 +83,6 @@ asyncio.run(main())
 db.close()
 """,
     "connections.md": """
-from fastapi_peewee import schema
-@app.get("/users", response_model=list[schema(User)])
-def read_users():
-    return User.select()
 with db.connection_context():
     db.drop_tables([User])
 for made in client.__wrapped__():
