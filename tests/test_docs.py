@@ -89,6 +89,19 @@ for made in client.__wrapped__():
     test_read(made)
 assert db.is_closed() or db.close()
 """,
+    "deployment.md": """
+import asyncio, httpx
+async def main() -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        for path in "/live", "/ready":
+            response = await client.get(path)
+            assert (response.status_code, response.text) == (200, '"ok"')
+    assert await db.count(User.select()) == 0
+    await db.close_pool()
+create_tables()
+assert db.is_closed()
+asyncio.run(main())
+""",
 }
 
 
