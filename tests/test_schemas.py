@@ -249,7 +249,7 @@ def test_a_query_gives_the_same_json_however_its_plan_reads_it(
     for name in names:
         rows: Any = list[schema(everything, include=[name])]  # type: ignore[misc]
         adapter: TypeAdapter[Any] = TypeAdapter(rows)
-        expected = adapter.dump_json(adapter.validate_python(list(query)))
+        expected = adapter.dump_json(adapter.validate_python(list(query.clone())))
         chosen = plan(query, Response(rows), database)
         loaded = chosen.load(database)
         if not isinstance(loaded, Texts):
