@@ -470,8 +470,7 @@ async def test_the_dependencies_say_what_is_missing_without_init_app() -> None:
 
 
 async def test_startup_closes_what_the_import_of_modules_has_opened(database_url: str) -> None:
-    """The connection of `db.create_tables([…])` at import, which no request would use; not one with
-    an open transaction."""
+    """The connection of `db.create_tables([…])` at import, which no request would use."""
     async with connected(database_url) as db:
         app = make_app(db)
         with db.allow_sync():
@@ -479,10 +478,57 @@ async def test_startup_closes_what_the_import_of_modules_has_opened(database_url
             assert not db.is_closed()
             async with app.router.lifespan_context(app):
                 assert db.is_closed()
-            with db.atomic():
+
+
+@contextmanager
+def connected_by_hand(db: Database) -> Iterator[None]:
+    db.autoconnect = False
+    db.connect()
+    yield
+    db.close()
+
+
+@contextmanager
+def begun_by_hand(db: Database) -> Iterator[None]:
+    db.begin()
+    yield
+    db.rollback()
+
+
+@contextmanager
+def set_by_hand(db: Database) -> Iterator[None]:
+    db._state._state.set({"closed": True, "conn": None, "ctx": [], "transactions": []})
+    yield
+    db._state._state.set(None)
+    db.close()
+
+
+HOLDING: dict[str, Callable[[Database], Any]] = {
+    "with db": lambda db: db,
+    "connection_context": lambda db: db.connection_context(),
+    "atomic": lambda db: db.atomic(),
+    "begin": begun_by_hand,
+    "connect": connected_by_hand,
+    "another state": set_by_hand,
+}
+
+
+@pytest.mark.parametrize("how", HOLDING)
+async def test_startup_closes_no_connection_that_somebody_holds(
+    database_url: str, how: str
+) -> None:
+    """Not that of a block around it, of an open transaction, or of who connects by hand."""
+    async with connected(database_url) as db:
+        app = make_app(db)
+        with db.allow_sync():
+            if how == "another state":
                 db.execute_sql("SELECT 7")
+            with HOLDING[how](db):
+                own = db._state.own_cell()
+                if how != "another state":
+                    db.execute_sql("SELECT 7")
                 async with app.router.lifespan_context(app):
-                    assert not db.is_closed()
+                    assert not own["closed"]
             db.close()
 
 

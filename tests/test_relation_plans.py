@@ -1,8 +1,10 @@
 """What a relation's query says is done for each parent, whichever plan reads the rows."""
 
+import math
 from asyncio import _get_running_loop
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -12,7 +14,8 @@ import pytest
 from peewee import SQL, fn
 from pydantic import BaseModel, create_model, model_validator
 
-from fastapi_peewee import SchemaError, connect, depth, param, prepared
+from fastapi_peewee import SchemaError, connect, depth, param, prepared, templates
+from fastapi_peewee import plans as plans_module
 from fastapi_peewee.loading import Plans
 from fastapi_peewee.plans import InstancePlan, JsonPlan, RowPlan, plan
 from fastapi_peewee.trees import Relation
@@ -401,6 +404,15 @@ def answers(plans: Plans, query: Callable[[], Any], visible: Iterable[str]) -> l
     return found
 
 
+class Odd:
+    """As arrays do, it has no truth value for `==`."""
+
+    def __eq__(self, other: object) -> Any:
+        raise ValueError("The truth value of an array is ambiguous.")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Visible(peewee.Node):
     """A node of the program's own, which is another value for each request."""
 
@@ -427,12 +439,11 @@ def test_rows_that_not_everybody_may_see(
     """Whoever asks gets what a relation's query says for them, though others asked before."""
     items: Any = list[ItemOut]
     if how == "select()":
-        theirs = models.Item.select
-
-        def select(cls: Any, *fields: Any) -> Any:
-            return theirs(*fields).where(cls.title == VISIBLE.get())
-
-        monkeypatch.setattr(models.Item, "select", classmethod(select))
+        own_select(
+            monkeypatch,
+            models.Item,
+            lambda query: query.where(models.Item.title == VISIBLE.get()),
+        )
     else:
         items = Annotated[items, SEEN_BY_ONE[how](models.Item)]
     wanted = users_with(items=(items, ...))
@@ -507,6 +518,91 @@ def test_a_prepared_query_of_a_table_that_is_given_another_name(
             renamed(db, models.User)
 
 
+def own_select(monkeypatch: pytest.MonkeyPatch, model: Any, change: Callable[[Any], Any]) -> None:
+    """The model's `select()` is the program's own: Peewee's, changed in some way."""
+    theirs = model.select
+    mine = classmethod(lambda _, *fields: change(theirs(*fields)))
+    monkeypatch.setattr(model, "select", mine)
+
+
+def test_rows_whose_select_is_built_in_another_way_each_time(
+    db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request is answered by the plan that its own query allows, limits included."""
+
+    def change(query: Any) -> Any:
+        if VISIBLE.get() == "odd":  # without a name of its own, so it can't be wrapped
+            return query.select_extend(fn.UPPER(models.Item.title))
+        return query.limit(1) if VISIBLE.get() == "one" else query
+
+    own_select(monkeypatch, models.Item, change)
+
+    def users() -> Any:
+        return models.User.select().order_by(models.User.id)
+
+    expected = {"odd": ["a a b", "a c", ""], "": ["a a b", "a c", ""], "one": ["a", "a", ""]}
+    for names in (["odd", "", "one", "odd", ""], ["", "one", "odd"]):
+        type_ = users_with(items=(list[ItemOut], ...))
+        found = answers(Plans(type_), users, names)
+        assert [titles(each) for each in found] == [expected[name] for name in names]
+        VISIBLE.set("one")
+        in_rows = plan(users(), Plans(type_).response, db, in_python="asked for")
+        assert titles(answer(in_rows, Plans(type_), db)) == expected["one"]
+
+
+def test_a_select_that_is_another_one_meanwhile(
+    db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement isn't kept if what it is made of changes while it is made."""
+    turns = cycle("ab")
+    own_select(
+        monkeypatch, models.Item, lambda query: query.where(models.Item.title == next(turns))
+    )
+    plans = Plans(users_with(items=(list[ItemOut], ...)))
+    for _ in range(3):
+        assert isinstance(plans.plan(models.User.select()), JsonPlan)
+        plans.load(models.User.select())
+    assert not plans._compiled
+
+
+def test_a_table_that_is_renamed_while_a_statement_is_made(
+    db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It isn't kept, and the next one reads from the table that there is now."""
+    names = iter(["Item"])
+
+    def renaming(*args: Any) -> Any:
+        template = templates.compile_template(*args)
+        for name in names:
+            renamed(db, getattr(models, name))
+        return template
+
+    monkeypatch.setattr(plans_module, "compile_template", renaming)
+    plans = Plans(users_with(items=(list[ItemOut], ...)))
+    ada = models.User.select().where(models.User.name == "Ada")
+    assert titles(read(plans.load(ada), plans)) == ["a a b"]
+    assert not plans._compiled
+    for _ in range(2):
+        assert titles(read(plans.load(ada), plans)) == [""]
+    assert plans._compiled
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([1, "a"], [1, "a"], True),
+        ([1], [True], False),
+        ([1], [1.0], False),
+        ([1], [1, 2], False),
+        ([math.nan], [float("nan")], False),
+        ([Odd()], [Odd()], False),
+    ],
+)
+def test_parameters_that_are_the_same(one: list[Any], other: list[Any], same: bool) -> None:
+    """To a database 1 and True are two things. Where nobody can say, they aren't the same."""
+    assert plans_module._equal(one, other) is same
+
+
 def test_a_relation_in_another_database(db: Any, models: SimpleNamespace, tmp_path: Path) -> None:
     """It is refused with words, by every plan, and not read from a table of that name here."""
     other = connect(f"sqlite:///{tmp_path}/other.db")
@@ -515,6 +611,11 @@ def test_a_relation_in_another_database(db: Any, models: SimpleNamespace, tmp_pa
     for given in (models.User.select(), list(models.User.select())):
         with pytest.raises(SchemaError, match="items: Item is in another database than User"):
             plans.load(given)
+    owned = Plans(create_model("Owned", owner=(create_model("Owner", name=(str, ...)), ...)))
+    with pytest.raises(SchemaError, match="owner: User is in another database than Item"):
+        owned.load(models.Item(title="a", owner=1))
+    loaded = models.Item(title="a", owner=models.User.get())
+    assert read(owned.load(loaded), owned) == {"owner": {"name": "Ada"}}
     proxy = peewee.DatabaseProxy()
     proxy.initialize(db)
     models.Item.bind(proxy, bind_refs=False, bind_backrefs=False)

@@ -1178,3 +1178,40 @@ def test_no_attribute_of_a_node_is_forgotten() -> None:
     assert same[0] > RANDOM_QUERIES.max_examples / 17, (
         "a change of a value must not be a change of the shape"
     )
+
+
+class Odd(peewee.CharField):
+    def adapt(self, value: Any) -> Any:  # which Peewee's `db_value` calls
+        return value.lower()
+
+
+class Place(Base):
+    name = Odd(primary_key=True)
+
+
+class Visit(Base):
+    place = peewee.ForeignKeyField(Place)
+    date = peewee.DateField()
+    guest = peewee.ForeignKeyField(User)
+
+
+@pytest.mark.parametrize(
+    ("condition", "alone"),
+    [
+        (Visit.date == datetime.date(2024, 1, 2), True),
+        (Visit.guest == 1, True),
+        (Visit.id << [1, 2], True),
+        (Place.name == "A", False),
+        (Visit.place == "A", False),
+        (Visit.date == Value("A", converter=str.lower), False),
+        (Visit.date == Value("A", converter={"A": "a"}.get), False),
+        (Visit.date == Value("A", converter=lambda value: value), False),
+    ],
+    ids=["date", "key", "list", "field", "key of a field", "builtin", "bound", "function"],
+)
+def test_whose_code_converts_the_values(condition: Any, alone: bool) -> None:
+    """Peewee's converts a value in the same way each time; who knows what others' does."""
+    query = (Visit if condition.lhs.model is Visit else Place).select().where(condition)
+    template = compile_template(query, taken(query), SQLITE)
+    assert template is not None
+    assert template.converts_alone is alone

@@ -121,16 +121,30 @@ def check(query: Any, tree: Tree) -> None:
 
 
 def check_relations(tree: Tree) -> None:
-    """Note in the trees which relations' queries can't be wrapped."""
-    for each in [] if tree.checked else tree.all():
-        for relation in each.relations:
-            query = relation.children()
-            try:
-                check(query, relation.tree)
-                Narrowed(query, relation.tree)
-            except Unplannable as error:
-                each.instances.append(f"{relation.name}: {error}")
-    tree.checked = True
+    """Note in the trees which relations' queries can't be wrapped.
+
+    Raises:
+        Unplannable: one can't that may be another one for the next request.
+    """
+    for own in (False, True):
+        for each in [] if tree.checked and not own else tree.all():
+            for relation in each.relations:
+                why = _unplannable(relation) if relation.own_select is own else None
+                if why and own:
+                    raise Unplannable(why)
+                if why:
+                    each.instances.append(why)
+        tree.checked = True
+
+
+def _unplannable(relation: Relation) -> str | None:
+    query = relation.children()
+    try:
+        check(query, relation.tree)
+        Narrowed(query, relation.tree)
+    except Unplannable as error:
+        return f"{relation.name}: {error}"
+    return None
 
 
 def completed(query: Any, tree: Tree) -> Any:

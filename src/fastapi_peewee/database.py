@@ -373,6 +373,16 @@ class Database(AsyncNames, Reads):
                 state.reset()
                 self.close_connection(conn)
 
+    def close_if_unused(self) -> None:
+        """Close this thread's own connection, if it was opened for a query and nothing holds it: no
+        block, no open transaction, no caller of `connect()`, whom `autoconnect=False` asks for it.
+        """
+        state, own = self._state, self._state.own_cell()
+        if state.bound or own["closed"] or own["ctx"] or own["transactions"]:
+            return
+        if self.autoconnect and self.is_idle(own["conn"]):
+            self.close()
+
     # What waits for the database, under the limits of the pool.
 
     def waiting(self) -> AbstractContextManager[None]:
@@ -526,13 +536,19 @@ class Database(AsyncNames, Reads):
         finally:
             await run_follow_ups(lease)
 
+    def on_the_loop(self, *, reads: bool) -> bool:
+        """Whether the event loop may run a statement that reads, or that writes: where the database
+        can do that, no block is open, and nobody watches statements.
+        """
+        possible = self.reads_on_the_loop if reads else self.writes_on_the_loop
+        return possible and self._state.lease() is None and not self.watched
+
     async def run_single(self, work: single.Single[T], *, reads: bool) -> T:
-        """`await run(work.execute, …)`, of which the query reads or writes: on the event loop,
-        where the database can do that and no block is open.
+        """`await run(work.execute, …)`, of which the query reads or writes; on the event loop, if
+        that may be.
         """
         statement = None
-        on_the_loop = self.reads_on_the_loop if reads else self.writes_on_the_loop
-        if on_the_loop and self._state.lease() is None and not self.watched:
+        if self.on_the_loop(reads=reads):
             with suppress(BlockingQuery):  # a default value or a converter asks the database
                 statement = work.statement(self._sql_cache)
             if statement is not None:

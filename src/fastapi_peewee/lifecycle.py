@@ -88,9 +88,8 @@ class Peewee:
         """
         if self._install(app):
             app.middleware_stack = app.build_middleware_stack()
-        db = self.db
-        if isinstance(db, Database) and not (db.is_closed() or db.in_transaction()):
-            db.close()
+        if isinstance(self.db, Database):
+            self.db.close_if_unused()
         try:
             yield
         finally:

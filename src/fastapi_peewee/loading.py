@@ -14,11 +14,13 @@ from peewee import Model
 
 from .columns import base_model
 from .database import Database
-from .plans import Compiled, JsonPlan, Plan, Texts, plan, was_executed
+from .exceptions import BlockingQuery
+from .plans import Compiled, JsonPlan, Plan, Texts, plan, rows_of
 from .reading import complete
 from .reads import NotBuilt
 from .response_types import Response
 from .shapes import Shape, shape_of
+from .single import without_queries
 from .templates import with_values
 from .trees import Leaf, Relation, Tree
 
@@ -119,8 +121,7 @@ class Plans:
                 f"A {type(query).__name__} was returned that has not been executed. Call its "
                 "`execute()` and return what the client should see."
             )
-        shape = None if self._in_python or was_executed(query) else shape_of(query)
-        db = database_of(query)
+        shape, db = self._shape(query), database_of(query)
         if found := self._find(db, shape):
             with suppress(NotBuilt):
                 return found[0].load(found[1])
@@ -152,19 +153,30 @@ class Plans:
         something else. Then `load()` has to do it.
         """
         db = database_of(query)
-        if self._in_python or not isinstance(db, Database):
+        if self._in_python or not (isinstance(db, Database) and db.on_the_loop(reads=True)):
             return None
-        if isinstance(query, PreparedQuery):
-            found = query.find_on_loop(db) if self._by_alias and query.type == self._type else None
-        else:
-            shape = None if was_executed(query) else shape_of(query)
-            found = self._find(db, shape, on_loop=True)
+        found = None
+        with suppress(BlockingQuery):  # a converter asks the database
+            found = without_queries(self._find_on_loop, db, query)
         if found is None:
             return None
         loaded = await found[0].aload(found[1])
         if loaded is not None and not (loaded.many or loaded.texts):
             self._check_missing(getattr(query, "model", None))
         return loaded
+
+    def _find_on_loop(self, db: Any, query: Any) -> tuple[Compiled, list[Any]] | None:
+        if isinstance(query, PreparedQuery):
+            prepared = self._by_alias and query.type == self._type
+            return query.find_on_loop(db) if prepared else None
+        return self._find(db, self._shape(query), on_loop=True)
+
+    def _shape(self, query: Any) -> Shape | None:
+        """By which its statement is kept; None if it has to be read otherwise."""
+        executed = getattr(query, "_cursor_wrapper", None) is not None
+        if self._in_python or (executed and rows_of(query, self.response) is not None):
+            return None
+        return shape_of(query)
 
     def _check_missing(self, model: Any) -> None:
         if self.response.one and not self.response.nullable:
@@ -237,7 +249,7 @@ class Prepared:
                 "your own, or with_related(). Return it from the endpoint as it is, with the "
                 f"values in it; got: {query!r}"
             )
-        self.plain = query
+        self.plain = query.clone()  # which has no rows, and gets none
         self.type = type_
         self.plans = Plans(type_)
         self._shape = shape

@@ -229,8 +229,6 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         return code not in _UNREAD and (code in _FAREWELLS or not self.is_open(conn))
 
     def ended(self, conn: Any, error: Exception) -> bool:
-        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
-
         if _mysql_code(error) in _UNREAD:
             return True
         if not self.transient(error):
@@ -239,6 +237,11 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
             conn.query("DO 0")  # an error's packet doesn't say whether it is still open
         except Exception:
             return True
+        return self.is_idle(conn)
+
+    def is_idle(self, conn: Any) -> bool:
+        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
+
         return not conn.server_status & SERVER_STATUS_IN_TRANS
 
     def transient(self, error: BaseException | None) -> bool:
@@ -253,11 +256,9 @@ class MySQLDatabase(Database, peewee.MySQLDatabase):
         return True
 
     def clean(self, conn: Any, lease: Lease) -> bool:
-        from pymysql.constants.SERVER_STATUS import SERVER_STATUS_IN_TRANS
-
         if not conn.open or lease.tainted:
             return False
-        if conn.server_status & SERVER_STATUS_IN_TRANS:
+        if not self.is_idle(conn):
             conn.rollback()
         return True
 

@@ -115,6 +115,10 @@ class Outcomes(peewee.Database):
         """Whether a transaction is open when a COMMIT, ROLLBACK or BEGIN has failed."""
         return False
 
+    def is_idle(self, conn: Any) -> bool:
+        """Whether no transaction is open, after a statement that has not failed."""
+        return not self.is_in_transaction(conn)
+
     def transient(self, error: BaseException | None) -> bool:
         """Whether a transaction failed only since others ran beside it: it may succeed anew."""
         raise NotImplementedError

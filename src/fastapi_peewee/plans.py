@@ -11,9 +11,7 @@ All give the same JSON. Nothing is kept here: `loading` does that.
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from inspect import getattr_static
 from itertools import islice
-from operator import is_
 from typing import Any, Literal, NamedTuple
 
 import peewee
@@ -86,6 +84,7 @@ class JsonPlan(Plan):
         super().__init__(response)
         self._rows = RowPlan(response, tree, narrowed, "the database couldn't build the JSON")
         self._tree = tree
+        self._by_alias = by_alias
         self._made: tuple[str, list[Any]] | None = None
         sql = writer(db)(db, by_alias)
         self._before, self._after = around = sql.around(tree, narrowed)
@@ -129,16 +128,24 @@ class JsonPlan(Plan):
 
     def compile(self, db: Any, shape: Shape) -> "Compiled | None":
         """What loads all queries of this shape. None if values and parameters can't be matched."""
+        around = _Around(db, self._tree, shape if shape.parameters else None)
         if shape.parameters:
             template = compile_template(self._query, shape, db)
         else:  # what `load()` needs as well is made once: it converts the values
             self._made = db.get_sql_context().parse(self._query)
             template = compile_template(self._query, shape, db, self._made)
-        if template is None:
+        # Something may have become another since the text was made, and before that was noted.
+        if template is None or not (around.holds(on_loop=False) and self._is_the_same(db)):
             return None
         sql = self._before_all + template.sql + self._after
-        around = _Around(db, self._tree, shape if shape.parameters else None)
         return Compiled(db, sql, self._params, template, self._many, around)
+
+    def _is_the_same(self, db: Any) -> bool:
+        if not any(self._tree.relations):
+            return True
+        again = JsonPlan(self.response, db, self._tree, self._rows.narrowed, self._by_alias)
+        ours, theirs = (each._before_all + each._after for each in (self, again))
+        return ours == theirs and _equal(self._params, again._params)
 
 
 def _run(db: Any, sql: str, params: Sequence[Any], many: bool) -> Texts:
@@ -177,9 +184,8 @@ class _Around:
         self._asked: list[tuple[Relation, tuple[str, list[Any]]]] = []
         for relation in (relation for each in tree.all() for relation in each.relations):
             models |= {relation.tree.model, relation.fk.model}
-            if relation.query is None:
-                same = getattr_static(relation.tree.model, "select") is _PEEWEES_SELECT
-            else:
+            same = not relation.own_select
+            if relation.query is not None:
                 shape = shape_of(relation.query)
                 template = None if shape is None else compile_template(relation.query, shape, db)
                 same = template is not None and template.converts_alone
@@ -192,25 +198,41 @@ class _Around:
         sql, params = self._db.get_sql_context().parse(relation.children())
         return sql, params
 
+    def _says_the_same(self, relation: Relation, said: tuple[str, list[Any]]) -> bool:
+        sql, params = self._ask(relation)
+        return sql == said[0] and _equal(params, said[1])
+
     @property
     def renamed(self) -> bool:
         """Whether a table is another one now, so that the statement is of no more use."""
-        return not all(all(map(is_, then, _table(meta))) for meta, *then in self._tables)
+        return any(
+            meta.table is not table or meta.schema is not schema or meta.table_name is not name
+            for meta, table, schema, name in self._tables
+        )
 
     def holds(self, *, on_loop: bool) -> bool:
         """Whether it would be made in the same way now; on an event loop, where nothing may wait,
         not if the program's own code has to be asked.
         """
+        if not self._tables:
+            return True
         if self.renamed or (on_loop and self._asked):
             return False
-        return all(self._ask(relation) == said for relation, said in self._asked)
-
-
-_PEEWEES_SELECT = getattr_static(peewee.Model, "select")
+        return all(self._says_the_same(*each) for each in self._asked)
 
 
 def _table(meta: Any) -> tuple[Any, Any, Any]:
     return meta.table, meta.schema, meta.table_name  # Peewee makes the table anew, or should
+
+
+def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether these parameters are the same to a database: 1 and True aren't."""
+    try:
+        return len(one) == len(other) and all(
+            a is b or (type(a) is type(b) and bool(a == b)) for a, b in zip(one, other, strict=True)
+        )
+    except Exception:  # of an array, say
+        return False
 
 
 class Compiled(NamedTuple):
@@ -250,22 +272,22 @@ class RowPlan(Plan):
     def __init__(self, response: Response, tree: Tree, narrowed: Narrowed, reason: str) -> None:
         super().__init__(response, reason)
         self._tree = tree
-        self._narrowed = narrowed
+        self.narrowed = narrowed
 
     def statement(self, db: Any) -> tuple[str, list[Any]]:
-        sql, params = db.get_sql_context().parse(self._narrowed.query)
+        sql, params = db.get_sql_context().parse(self.narrowed.query)
         return sql, params
 
     def load(self, db: Any) -> Any:
         with one_snapshot(db, 1 + count_relations(self._tree)):
-            rows = list(self._narrowed.query.tuples().execute(db))
-            found = dictionaries(db, self._tree, self._narrowed, rows)
+            rows = list(self.narrowed.query.tuples().execute(db))
+            found = dictionaries(db, self._tree, self.narrowed, rows)
         return found if self.response.many else (found[0] if found else None)
 
     def stream(self, db: Any, size: int, skipped: int = 0) -> Generator[list[bytes]]:
         with one_snapshot(db, 2):
-            for rows in _chunks(self._narrowed.query.tuples(), db, size, skipped):
-                yield self.response.dump(dictionaries(db, self._tree, self._narrowed, rows))
+            for rows in _chunks(self.narrowed.query.tuples(), db, size, skipped):
+                yield self.response.dump(dictionaries(db, self._tree, self.narrowed, rows))
 
 
 class InstancePlan(Plan):
@@ -276,6 +298,7 @@ class InstancePlan(Plan):
     def __init__(self, response: Response, query: Any, reason: str) -> None:
         super().__init__(response, reason)
         self._query = query
+        self._rows = rows_of(query, response)
 
     def statement(self, db: Any) -> tuple[str, list[Any]]:
         sql, params = db.get_sql_context().parse(self._query)
@@ -283,24 +306,15 @@ class InstancePlan(Plan):
 
     def load(self, db: Any) -> Any:
         with one_snapshot(db, self._statements()):
-            found = complete(db, self._rows(db), self.response)
+            rows = self._rows
+            if rows is None:
+                query = self._complete().clone()
+                query._cursor_wrapper = None
+                rows = list(query.execute(db))
+            found = complete(db, rows, self.response)
         if not self.response.one:
             return found
         return found[0] if found else None
-
-    def _rows(self, db: Any) -> list[Any]:
-        if not was_executed(self._query):
-            query = self._complete().clone()
-            query._cursor_wrapper = None
-            return list(query.execute(db))
-        try:
-            return list(self._query)
-        except peewee.ProgrammingError as error:
-            raise TypeError(
-                "A query was returned of which a part had been read, by an index or a loop that "
-                "was left, on a connection that has been given back. Return `query.clone()`, which "
-                "is read anew, or the list of all its rows."
-            ) from error
 
     def _statements(self) -> int:
         model = getattr(self._query, "model", None)
@@ -318,7 +332,7 @@ class InstancePlan(Plan):
 
     def stream(self, db: Any, size: int) -> Generator[list[bytes]]:
         # `with_related()` loads for all rows at once.
-        if getattr(self._query, "_load_tree", None) or was_executed(self._query):
+        if getattr(self._query, "_load_tree", None) or self._rows is not None:
             found = self.load(db)
             for start in range(0, len(found), size):
                 yield self.response.dump(found[start : start + size])
@@ -351,7 +365,7 @@ def plan(
         SchemaError: the response type contains itself, to no stated depth.
     """
     _check_depth(query, response)
-    if was_executed(query):
+    if rows_of(query, response) is not None:
         return InstancePlan(response, query, "it has been executed: its rows are sent")
     if response.one and isinstance(query, BaseModelSelect):
         query = query.limit(_ONE) if query._limit is None else query
@@ -379,12 +393,18 @@ def plan(
         return RowPlan(response, tree, narrowed, str(error))
 
 
-def was_executed(query: Any) -> bool:
-    """Whether a query has rows that it was executed for, as Peewee's have once one iterates over
-    them. They are what the endpoint has seen, and maybe changed. (`iterator()` keeps none.)
+def rows_of(query: Any, response: Response) -> list[Any] | None:
+    """The rows of a query that was executed, and read to its end: they are what the endpoint has
+    seen, and maybe changed. None if it has to be read: also where they lack columns that the
+    response has, and after `iterator()`, which keeps none.
     """
-    rows = getattr(query, "_cursor_wrapper", None)
-    return rows is not None and len(rows.row_cache) == rows.count
+    found = getattr(query, "_cursor_wrapper", None)
+    if found is None or not found.populated or len(found.row_cache) != found.count:
+        return None
+    of_a_model = response.schema is not None and isinstance(query, BaseModelSelect)
+    if of_a_model and completed(query, response.tree(base_model(query))) is not query:
+        return None
+    return list(found.row_cache)
 
 
 def _check_depth(query: Any, response: Response) -> None:

@@ -117,8 +117,6 @@ class PostgresqlDatabase(Database, peewee.PostgresqlDatabase):
         return super().read_texts(sql, params)
 
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
-        if self._state.lease() is not None or self.watched:
-            return None
         return await self._on_the_loop(sql, params, lambda _, result: column(result))
 
     def aexecute_compiled(self, sql: str, params: Sequence[Any]) -> Coroutine[Any, Any, Any]:

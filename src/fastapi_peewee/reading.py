@@ -120,7 +120,7 @@ def _by_asked(
 
 def _limited(relation: Relation, found: dict[Any, list[Any]]) -> dict[Any, list[Any]]:
     """A relation's limit and offset are for each parent."""
-    query = relation.query
+    query = relation.children() if relation.own_select else relation.query
     if query is None or (query._limit is None and query._offset is None):
         return found
     start = query._offset or 0
@@ -158,6 +158,8 @@ def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
         return ((each.__data__[key], each) for each in query.execute(db))
 
     missing = [each for each in instances if _is_missing(each, relation)]
+    if missing:
+        relation.check_database()
     found = _by_parent(relation, (each.__data__.get(name) for each in missing), read)
     for each in missing:
         if rows := found.get(each.__data__.get(name)):

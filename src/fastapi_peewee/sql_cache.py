@@ -72,7 +72,7 @@ class SqlCache:
             for value in values:
                 if isinstance(value, SQL_MAKERS):
                     return None
-            return _bound(known[1], values)
+            return self._bound(known[1], values, lambda: model.insert(**row))
         query = model.insert(**row)
         shape = shape_of_write(query)
         if shape is None:
@@ -100,9 +100,15 @@ class SqlCache:
                 template.sql = Statement(template.sql)
             self._templates[shape.key] = template
             return Statement(made[0]), made[1]
-        return _bound(template, shape.values) if isinstance(template, Template) else None
+        if not isinstance(template, Template):
+            return None
+        return self._bound(template, shape.values, lambda: query)
 
-
-def _bound(template: Template, values: list[Any]) -> tuple[str, list[Any]] | None:
-    parameters = template.bind(values)
-    return None if parameters is None else (template.sql, parameters)
+    def _bound(
+        self, template: Template, values: list[Any], query: Callable[[], Any]
+    ) -> tuple[str, list[Any]]:
+        parameters, whole = template.convert(values)
+        if whole:
+            return template.sql, parameters
+        sql, parameters = template.made_anew(query(), self._database, values, parameters)
+        return Statement(sql), parameters

@@ -367,8 +367,6 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
         return stats._replace(waiting=stats.waiting + writers)
 
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
-        if self._state.lease() is not None or self.watched:
-            return None
         rows = await self._read_inline(sql, params)
         return None if rows is None else encoded(rows.fetchall())
 

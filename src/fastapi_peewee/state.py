@@ -387,6 +387,13 @@ class PeeweeConnectionState(_ConnectionState):
         """As `lease()`, but without the request's: that of a call or block around this code."""
         return self.lease() if self._state.get() is not None else None
 
+    @property
+    def bound(self) -> bool:
+        """Whether a lease, or another state, is in force in this context, perhaps one that is over:
+        then the thread's own isn't.
+        """
+        return self._bound() is not None
+
     def own_cell(self) -> dict[str, Any]:
         """Peewee's state of this thread's own connection, whatever lease is in force."""
         return self._thread_cell()

@@ -63,10 +63,7 @@ class Template:
     @property
     def converts_alone(self) -> bool:
         """Whether nobody's code but Peewee's own converts the values: always in the same way."""
-        return all(
-            convert is None or convert.__module__.partition(".")[0] in ("peewee", "playhouse")
-            for _, convert in self._plan
-        )
+        return all(convert is None or _is_peewees(convert) for _, convert in self._plan)
 
     def bind(self, values: Sequence[Any]) -> list[Any] | None:
         """The parameters for `sql`: the values of a query with the same key, converted.
@@ -74,17 +71,35 @@ class Template:
         None if a converter made SQL of a value (as those of JSON fields may): then the text is
         another one, and Peewee has to make it. What a converter raises is raised.
         """
+        parameters, whole = self.convert(values)
+        return parameters if whole else None
+
+    def convert(self, values: Sequence[Any]) -> tuple[list[Any], bool]:
+        """The same, and whether these are all: else the last of them is what became SQL."""
         if self._constants:
             values = [*values, *self._constants]
-        parameters = []
+        parameters: list[Any] = []
         for index, convert in self._plan:
             value = values[index]
             if convert is not None:
                 value = convert(value)
                 if isinstance(value, SQL_MAKERS):
-                    return None
+                    return [*parameters, value], False
             parameters.append(value)
-        return parameters
+        return parameters, True
+
+    def made_anew(
+        self, query: Any, database: Any, values: Sequence[Any], converted: list[Any]
+    ) -> tuple[str, list[Any]]:
+        """The statement of a query of which `convert(values)` has converted some: these aren't
+        converted again.
+        """
+        context = _Converted(**database.get_context_options())
+        for (index, convert), value in zip(self._plan, converted, strict=False):
+            if convert is not None:
+                context.known.setdefault(id(values[index]), []).append((convert, value))
+        sql, parameters = context.parse(query)
+        return sql, parameters
 
     def bind_named(self, named: Mapping[str, Any]) -> list[Any] | None:
         """The parameters for `sql`, with a value for each `param(…)`. None as in `bind()`.
@@ -101,6 +116,36 @@ class Template:
             raise TypeError(f"Values for the query's parameters: {', '.join(wrong)}.")
         assert self._values is not None
         return self.bind([named[v.name] if type(v) is Parameter else v for v in self._values])
+
+
+class _Converted(peewee.Context):
+    """Makes the SQL as Peewee does, of values of which some have been converted."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        #: By the `id()` of the value: the converter and what it has returned.
+        self.known: dict[int, list[tuple[Any, Any]]] = {}
+
+    def as_new(self) -> Any:
+        context = _Converted(**self.state.settings)
+        context.known = self.known
+        return context
+
+    def value(self, value: Any, converter: Any = None, add_param: bool = True) -> Any:
+        if not converter:
+            converter = self.state.converter if converter is None else None
+        for known, converted in self.known.get(id(value), ()):
+            if known == converter:
+                return super().value(converted, False, add_param)
+        return super().value(value, converter or False, add_param)
+
+
+def _is_peewees(convert: Any) -> bool:
+    owner = getattr(convert, "__self__", None)
+    if isinstance(owner, peewee.ForeignKeyField) and not _is_peewees(owner.rel_field.db_value):
+        return False
+    of = type(owner) if isinstance(owner, peewee.Field) else convert
+    return (getattr(of, "__module__", None) or "").partition(".")[0] in ("peewee", "playhouse")
 
 
 def copied(node: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -6,6 +6,7 @@ of each parent; no SQL is written.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from inspect import getattr_static
 from typing import Any
 
 import peewee
@@ -116,13 +117,7 @@ class Relation:
         Raises:
             SchemaError: they are in another database.
         """
-        for model in (self.tree.model, self.fk.model):
-            if _database(model) is not _database(self.link.model):
-                raise SchemaError(
-                    f"{self.name}: {model.__name__} is in another database than "
-                    f"{self.link.model.__name__}, so one can't be read with the other. Read it in "
-                    "the endpoint, and return instances or dictionaries that have it."
-                )
+        self.check_database()
         query = self.tree.model.select() if self.query is None else self.query
         if self.through is not None and not reads_from(query, self.through.model):
             target = self.through.rel_field
@@ -132,6 +127,24 @@ class Relation:
         if self.many and not query._order_by:
             query = query.order_by(*_by_key(query))
         return query
+
+    @property
+    def own_select(self) -> bool:
+        """Whether what the rows are depends on a `select()` that isn't Peewee's: it may be another
+        query for each request.
+        """
+        return self.query is None and getattr_static(self.tree.model, "select") is not _SELECT
+
+    def check_database(self) -> None:
+        """Raise `SchemaError` if the rows are in another database than their parents."""
+        theirs = _database(self.link.model)
+        for model in (self.tree.model, self.fk.model):
+            if _database(model) not in (theirs, None):
+                raise SchemaError(
+                    f"{self.name}: {model.__name__} is in another database than "
+                    f"{self.link.model.__name__}, so one can't be read with the other. Read it in "
+                    "the endpoint, and return instances or dictionaries that have it."
+                )
 
     def of_many_parents(self, keys: list[Any]) -> tuple[Any, Any]:
         """The rows of these parents: the query, and the column of it that holds the parent's key.
@@ -221,6 +234,9 @@ class Tree:
         yield self
         for relation in self.relations:
             yield from relation.tree.all()
+
+
+_SELECT = getattr_static(peewee.Model, "select")
 
 
 def _database(model: Any) -> Any:
