@@ -49,6 +49,7 @@ ORDER = [
     "values",
     "schemas",
     "trees",
+    "annotations",
     "response_types",
     "columns",
     "json_sql",
@@ -63,7 +64,7 @@ ORDER = [
     "__init__",
 ]
 KNOW_FASTAPI = {"handlers", "responses", "routing", "lifecycle"}
-KNOW_PYDANTIC = KNOW_FASTAPI | {"response_types", "schemas", "values"}
+KNOW_PYDANTIC = KNOW_FASTAPI | {"annotations", "response_types", "schemas", "values"}
 
 
 class Import(NamedTuple):

@@ -11,15 +11,22 @@ from typing import Annotated, Any
 import peewee
 import pytest
 from peewee import fn
+from playhouse.signals import Model as Signals
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    OnErrorOmit,
+    PlainSerializer,
+    TypeAdapter,
+    create_model,
     field_serializer,
     model_validator,
 )
+from typing_extensions import TypeAliasType
 
+from fastapi_peewee import depth
 from fastapi_peewee.loading import Plans, prepared
 from fastapi_peewee.plans import InstancePlan, Plan, RowPlan, Texts, plan
 from fastapi_peewee.shapes import MANY
@@ -416,6 +423,123 @@ def test_what_pydantic_has_to_do(db: Any, models: SimpleNamespace) -> None:
     found = plans.plan(models.User.select().where(models.User.id == 3))
     assert found.kind == "instances"
     assert answer(found, plans, db) == {"team": [{"name": "Ada!"}, {"name": "Bob!"}]}
+
+
+class Named(BaseModel):
+    name: str
+
+
+class Leader(BaseModel):
+    name: str
+    team: "Annotated[list[Leader], depth(1)]"
+
+
+Code = TypeAliasType("Code", str)
+masked = PlainSerializer(lambda value: f"***{value.name[-1:]}")
+
+
+class Twice(BaseModel):
+    boss: Named | None
+    team: list[Named]
+
+    @field_serializer("boss")
+    def hide(self, boss: Any) -> Any:
+        return None if boss is None else {"name": "***"}
+
+
+class Aliased(BaseModel):  # type: ignore[no-redef]
+    name: Code
+    again: Code = Field(validation_alias="name")
+
+    @field_serializer("again")
+    def hide(self, again: str) -> str:
+        return f"***{again[-1:]}"
+
+
+class Optionally(BaseModel):
+    boss: Annotated[Named, masked] | None
+    team: list[Named]
+
+
+class Listed(BaseModel):
+    boss: Named | None
+    team: list[Annotated[Named, masked]]
+
+
+class Led(BaseModel):
+    boss: Named
+
+
+#: Pydantic keeps what is used twice, or contains itself, apart, and refers to it; what is done at
+#: one place stands there.
+REFERRED: dict[str, Any] = {
+    "a field": Twice,
+    "an alias": Aliased,
+    "beside None": Optionally,
+    "the items of a list": Listed,
+    "at the top": Annotated[Leader, PlainSerializer(lambda leader: {"name": leader.name})],
+    "around None": create_model(
+        "Around",
+        team=(list[Named], ...),
+        boss=(Annotated[Named | None, PlainSerializer(lambda boss: str(boss))], ...),
+    ),
+    "left out on errors": OnErrorOmit[Led],
+}
+
+
+@pytest.mark.parametrize("name", REFERRED)
+def test_serialisers_of_one_place(db: Any, models: SimpleNamespace, name: str) -> None:
+    """They run there, also where the class that they are around is used at another place."""
+    type_: Any = list.__class_getitem__(REFERRED[name])
+    models.User.update(boss=None).where(models.User.name == "Bob").execute()
+    query = models.User.select().order_by(models.User.id)
+    adapter: TypeAdapter[Any] = TypeAdapter(type_)
+    expected = adapter.dump_json(adapter.validate_python(list(query.clone()), from_attributes=True))
+    plans = Plans(type_)
+    for _ in range(2):
+        assert read(plans.load(query), plans) == json.loads(expected)
+
+
+class Masking(peewee.FieldAccessor):
+    def __get__(self, instance: Any, instance_type: Any = None) -> Any:
+        value = super().__get__(instance, instance_type)
+        return value if instance is None else f"***{value[-1:]}"
+
+
+class MaskedField(peewee.CharField):
+    accessor_class = Masking
+
+
+def test_models_with_ways_of_their_own_to_be_read(db: Any) -> None:
+    """An accessor of a field, and an `__init__`, do with the values what they do to instances."""
+
+    class Account(db.Model):
+        number = MaskedField()
+
+    class Loud(db.Model):
+        number = peewee.CharField()
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.number = f"{self.number}!"
+
+    class Signalling(Signals):
+        number = peewee.CharField()
+
+        class Meta:
+            database = db
+
+    db.create_tables([Account, Loud, Signalling])
+    type_: Any = list[create_model("Out", number=(str, ...))]  # type: ignore[misc]
+    for model, sent, kind in (
+        (Account, "***2", "instances"),
+        (Loud, "42!", "instances"),
+        (Signalling, "42", "json"),
+    ):
+        model.insert(number="42").execute()
+        plans = Plans(type_)
+        assert plans.plan(model.select()).kind == kind
+        assert read(plans.load(model.select()), plans) == [{"number": sent}]
 
 
 def test_columns_that_a_query_leaves_out(db: Any, models: SimpleNamespace) -> None:

@@ -550,6 +550,20 @@ def test_rows_whose_select_is_built_in_another_way_each_time(
         assert titles(answer(in_rows, Plans(type_), db)) == expected["one"]
 
 
+def test_a_row_that_the_select_of_its_model_hides(
+    db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is null in each plan, and isn't looked for again."""
+    own_select(monkeypatch, models.User, lambda query: query.where(models.User.name != "Ada"))
+    owner: Any = create_model("Owner", name=(str, ...))
+    out: Any = create_model("Out", title=(str, ...), owner=(owner | None, ...))
+    items = models.Item.select().where(models.Item.title != "a").order_by(models.Item.id)
+    expected = [{"title": "b", "owner": None}, {"title": "c", "owner": {"name": "Bob"}}]
+    assert by_every_plan(items, list[out], db) == expected
+    plans = Plans(list[out])
+    assert read(plans.load(list(items)), plans) == expected
+
+
 def test_a_select_that_is_another_one_meanwhile(
     db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -461,6 +461,34 @@ async def test_a_query_that_writes(db: Database, models: Models, kind: str) -> N
     assert await db.count(models.User.select()) == 2
 
 
+async def test_respond_with_unions_in_two_orders(database_url: str) -> None:
+    """They are equal to Python, but Pydantic takes the first that fits: each endpoint its own."""
+
+    class Public(BaseModel):
+        id: int
+        name: str
+
+    class Private(BaseModel):
+        id: int
+        secret: str
+
+    async with connected(database_url) as db:
+
+        class Note(db.Model):
+            name = peewee.CharField()
+            secret = peewee.CharField()
+
+        await db.acreate_tables([Note])
+        await Note.acreate(name="a", secret="b")
+        app = make_app(db)
+        app.get("/private", response_model=None)(lambda: respond(Note.select(), Private | Public))
+        app.get("/public", response_model=None)(lambda: respond(Note.select(), Public | Private))
+        async with client(app) as http:
+            for _ in range(2):
+                assert (await http.get("/private")).json() == {"id": 1, "secret": "b"}
+                assert (await http.get("/public")).json() == {"id": 1, "name": "a"}
+
+
 @KINDS
 @pytest.mark.parametrize("route_class", [PeeweeRoute, APIRoute])
 async def test_respond(

@@ -525,6 +525,23 @@ def test_a_time_that_the_system_does_not_know_is_refused(
         schema(at="2026-01-02T03:04:05")
 
 
+def test_a_number_with_more_digits_than_python_rounds() -> None:
+    """Python's decimals are rounded to 28 digits: more is refused, as what is out of range is."""
+
+    class Balance(peewee.Model):
+        amount = peewee.DecimalField(38, 2, auto_round=True)
+
+    schema: Any = create_schema(Balance)
+    assert schema.model_validate_json('{"amount": "12.346"}').amount == decimal.Decimal("12.35")
+    for amount, why in (
+        ("1e35", "more digits"),
+        ("1e36", "less than or equal"),
+        ("-1e36", "greater"),
+    ):
+        with pytest.raises(ValidationError, match=why):
+            schema.model_validate_json(f'{{"amount": "{amount}"}}')
+
+
 def test_what_may_be_left_out_of_a_post() -> None:
     """What the database or the model has a value for; what they always make isn't there."""
     assert optionality(create_schema(User)) == {

@@ -197,10 +197,14 @@ class LazyLoad(peewee.InterfaceError, _Made):
         what: the relation, or the query.
         endpoint: the endpoint's name.
         relation: whether it is one.
+        why: it may not be, if it isn't for being a query for each row.
     """
 
-    def __init__(self, what: str, endpoint: str, *, relation: bool = True) -> None:
+    def __init__(self, what: str, endpoint: str, *, relation: bool = True, why: str = "") -> None:
         read = f"{what} was read from the database while the response of {endpoint} was validated"
+        if why:
+            super().__init__(f"{read}: {why}")
+            return
         if not relation:
             super().__init__(
                 f"{read}. A query inside of something else isn't seen: run it in the endpoint, "

@@ -162,8 +162,8 @@ def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
         relation.check_database()
     found = _by_parent(relation, (each.__data__.get(name) for each in missing), read)
     for each in missing:
-        if rows := found.get(each.__data__.get(name)):
-            each.__rel__[name] = rows[0]
+        rows = found.get(each.__data__.get(name))
+        each.__rel__[name] = rows[0] if rows else None  # which Peewee would look for again
     there = [each for each in instances if each.__rel__.get(name) is not None]
     rows = _with_relations(db, relation.tree, [each.__rel__[name] for each in there])
     for each, row in zip(there, rows, strict=True):

@@ -14,6 +14,7 @@ import peewee
 from peewee import BackrefAccessor, ManyToManyFieldAccessor
 from pydantic import TypeAdapter
 
+from .annotations import asked, asks
 from .exceptions import SchemaError
 from .state import lazy_loads_forbidden
 from .trees import Depth, Leaf, Relation, Tree
@@ -38,10 +39,19 @@ _AGGREGATES = {
     *("JSON_GROUP_ARRAY", "MAX", "MIN", "STRING_AGG", "SUM", "TOTAL"),
 }
 #: What Pydantic puts around a schema that has validators or serialisers.
-_AROUND = {"default", "function-after", "function-before", "function-wrap", "nullable"}
+_AROUND = {
+    *("default", "definition-ref", "nullable"),
+    *("function-after", "function-before", "function-wrap"),
+}
 
 #: An `Iterable` is validated as it is read.
 _LISTS = ("list", "generator")
+
+_UNASKED = (
+    "without what its annotation asks for, a query or a depth(). That is done where the response "
+    "is a model or a list of one, and where rows of one model are returned, in a list if they are "
+    "many. Return them so, or load the relation in the endpoint."
+)
 
 #: Two fields of one class that are followed 10 levels deep are 184,756 ways through them.
 _MOST_RELATIONS = 1000
@@ -84,6 +94,8 @@ class Response:
         self.schema = core if core["type"] == "model" and not core.get("root_model") else None
         self.one = not self.many and self._is_one(core)
         self.endless = False
+        #: A field that is left to Pydantic, though there is a query or a depth further down.
+        self._left: str | None = None
         self._trees: dict[Any, Tree] = {}
 
     def tree(self, model: Any) -> Tree:
@@ -102,9 +114,14 @@ class Response:
     def names(self) -> list[str]:
         """The keys of a model's JSON."""
         assert self.schema is not None
-        fields = _fields(self.schema)
+        fields, cls = _fields(self.schema), self.schema["cls"].__name__
         if fields["type"] != "model-fields":
-            raise TypeError(f"{self.schema['cls'].__name__} has no fields, so there are no columns")
+            raise TypeError(f"{cls} has no fields, so there are no columns")
+        if "serialization" in self.schema:
+            raise TypeError(
+                f"{cls} has a serialiser of the whole model, which alone knows what the columns "
+                "are. Stream it as JSON lines, or as a class whose fields are the columns."
+            )
         return [
             part.get("serialization_alias", name)
             for name, part in fields["fields"].items()
@@ -129,19 +146,44 @@ class Response:
         Raises:
             pydantic.ValidationError: it doesn't fit the type.
         """
-        with self.no_endless_loads():
+        with self.guard(value):
             return self.read(self.adapter.validate_python(value, from_attributes=True))
 
     def read(self, value: Any) -> Any:
         """Have an `Iterable` validated, while there is a connection for the relations."""
         return iter(list(value)) if self._lazy and isinstance(value, Iterator) else value
 
-    def no_endless_loads(self) -> AbstractContextManager[None]:
-        """Around the validation of instances.
+    def guard(self, value: Any) -> AbstractContextManager[None]:
+        """Around the validation of what an endpoint returned, completed if that was possible.
 
-        What they haven't loaded, and what no depth is stated for, would be a query for each.
+        A relation that isn't loaded, and that no depth is stated for, would be a query for each
+        row. One that has a query, or a depth, would be read without.
         """
-        return lazy_loads_forbidden(f"type {self.type}") if self.endless else nullcontext()
+        if self.endless:
+            return lazy_loads_forbidden(f"type {self.type}")
+        if self._asks and not (self.schema is not None and self._left is None and _is_rows(value)):
+            return lazy_loads_forbidden(f"type {self.type}", _UNASKED)
+        return nullcontext()
+
+    @functools.cached_property
+    def _asks(self) -> bool:
+        return asks(self.type)
+
+    def _leave(self, tree: Tree, name: str, why: str) -> None:
+        """Leave a field to Pydantic, which knows nothing of queries and depths.
+
+        Raises:
+            SchemaError: the field has one. `why` says why it can't be done; if that is empty,
+                nothing would be read.
+        """
+        field = tree.schema.model_fields[name]
+        if why and asked(field):
+            raise SchemaError(
+                f"{tree.schema.__name__}.{name} has a query or a depth(), but {why}: rows that it "
+                "leaves out would be sent. A relation is `list[Model]`, or a model or None."
+            )
+        if asks(field.annotation):
+            self._left = name
 
     def _resolve(self, core: Any) -> tuple[Any, bool]:
         """Follow references, defaults and `Optional`. Returns what is left, and if it's optional"""
@@ -151,11 +193,13 @@ class Response:
             if kind == "definitions":
                 self._definitions.update({each["ref"]: each for each in core["definitions"]})
                 core = core["schema"]
+            elif "serialization" in core:  # of this place: what it is around has none
+                return core, nullable
             elif kind == "definition-ref":
                 core = self._definitions[core["schema_ref"]]
-            elif kind == "nullable" and "serialization" not in core:
+            elif kind == "nullable":
                 nullable, core = True, core["schema"]
-            elif kind == "default" and "serialization" not in core:
+            elif kind == "default" and core.get("on_error", "raise") == "raise":
                 core = core["schema"]
             else:
                 return core, nullable
@@ -165,9 +209,10 @@ class Response:
         core, nullable = self._resolve(core)
         odd = False
         while core["type"] in _AROUND:
-            odd = True
-            core, optional = self._resolve(core["schema"])
-            nullable |= optional
+            odd, kind = True, core["type"]
+            referred = self._definitions.get(core.get("schema_ref"))
+            core, optional = self._resolve(referred or core["schema"])
+            nullable |= optional or kind == "nullable"
         return core, nullable, odd or "serialization" in core
 
     def _is_one(self, core: Any, in_root: bool = False) -> bool:
@@ -187,6 +232,8 @@ class Response:
     def _tree(self, core: Any, model: Any, above: tuple[_Step, ...], made: list[Tree]) -> Tree:
         """What a class asks of a model; `above` is the way to it, `made` are all trees so far."""
         schema = core["cls"]
+        if not schema.__pydantic_complete__:  # it names classes that came later
+            schema.model_rebuild()
         tree = Tree(model, schema)
         made.append(tree)
         if len(made) > _MOST_RELATIONS:
@@ -208,6 +255,8 @@ class Response:
                 return tree
             if fields is not core["schema"]:
                 tree.instances.append(f"{schema.__name__} has a validator of the whole model")
+        if not _is_peewees(model.__init__):
+            tree.instances.append(f"{model.__name__} has an __init__ of its own")
         if core.get("post_init"):
             tree.reasons.append(f"{schema.__name__} has private attributes or model_post_init")
         if fields.get("computed_fields"):
@@ -252,19 +301,23 @@ class Response:
         )
         if found is None:
             if getattr_static(model, key, None) is not None:
+                self._leave(tree, name, f"{key!r} is no relation of {model.__name__}")
                 tree.instances.append(f"{key} is an attribute of {model.__name__}, but no column")
             else:  # selected beside the model's columns, or the plan is one with instances
+                self._leave(tree, name, "")
                 tree.fields.append(Leaf(name, alias, key, None, core, excluded, nullable))
             return
         if isinstance(found, peewee.Field) and not _is_relation(model, key, found):
+            self._leave(tree, name, f"{key!r} is a column")
             tree.fields.append(Leaf(name, alias, key, found, core, excluded, nullable))
+            if not _is_peewees(type(getattr_static(model, key))):
+                tree.instances.append(f"{key} is read by an accessor of its own")
             return
-        metadata = tree.schema.model_fields[name].metadata
         many = not isinstance(found, peewee.ForeignKeyField)
-        query = _first(metadata, peewee.BaseQuery)
         core, nullable, odd = self._unwrap(part["schema"])
         if many:
             if core["type"] not in _LISTS:
+                self._leave(tree, name, "it isn't a plain list")
                 tree.instances.append(f"{key} is a list of rows, but {name} isn't a plain list")
                 return
             if set(core) - {"type", "items_schema", "metadata"}:
@@ -272,11 +325,15 @@ class Response:
             core, optional_items, odd_items = self._unwrap(core["items_schema"])
             odd |= odd_items
             if optional_items:
+                self._leave(tree, name, "its items may be None")
                 tree.instances.append(f"{name} is a list whose items may be None")
                 return
         if core["type"] != "model" or core.get("root_model"):
+            self._leave(tree, name, "what it holds isn't one Pydantic model")
             tree.instances.append(f"{key} is another row, but {name} isn't a Pydantic model")
             return
+        given = asked(tree.schema.model_fields[name])
+        query, depth = _first(given, peewee.BaseQuery), _first(given, Depth)
         fk, through, other = found, None, None
         if isinstance(found, BackrefAccessor):
             fk, other = found.field, found.rel_model
@@ -286,7 +343,7 @@ class Response:
             other = found.rel_model
         if query is not None:
             _check_query(query, f"{tree.schema.__name__}.{name}", other if many else None)
-        step = _Step(tree.schema, name, _first(metadata, Depth))
+        step = _Step(tree.schema, name, depth)
         way = (*above, step)
         if _is_endless(way, core["cls"]):
             cls = core["cls"].__name__
@@ -315,8 +372,14 @@ class Response:
         tree.fields.append(relation)
 
 
-def _first(metadata: list[Any], cls: type[Any]) -> Any:
-    return next((each for each in metadata if isinstance(each, cls)), None)
+def _first(given: list[Any], cls: type[Any]) -> Any:
+    return next((each for each in given if isinstance(each, cls)), None)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether these are rows that `complete()` can have completed."""
+    rows = value if isinstance(value, list) else [value]
+    return len({type(row) for row in rows}) == 1 and isinstance(rows[0], peewee.Model)
 
 
 def _followed(way: tuple[_Step, ...], depth: Depth) -> int:
@@ -407,6 +470,10 @@ def _attribute(model: Any, key: str) -> Any:
         return accessor
     field = getattr(accessor, "field", None)
     return field if isinstance(field, peewee.Field) else None
+
+
+def _is_peewees(thing: Any) -> bool:
+    return thing.__module__.partition(".")[0] in ("peewee", "playhouse")
 
 
 def _is_relation(model: Any, key: str, field: Any) -> bool:

@@ -73,7 +73,7 @@ def respond(
         TypeError: a stream of something else than a query and a list type.
         peewee.DoesNotExist: (when it is sent) no row, and the type is neither list nor optional.
     """
-    plans = _plans(type_)
+    plans = _plans(type_, repr(type_))
     if stream is False:
         return QueryResponse(returned, plans, status_code, headers, background)
     form = "json" if stream is True else stream
@@ -91,7 +91,8 @@ def respond(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plans(type_: Any) -> Plans:
+def _plans(type_: Any, written: str) -> Plans:
+    """Also by the text of a type: `A | B == B | A`, though Pydantic chooses by their order."""
     return Plans(type_)
 
 
@@ -185,6 +186,12 @@ class QueryStream(StreamingResponse):
             if scope["method"] != "HEAD":  # whose body is empty, and needs no reading on
                 self.body_iterator = pipe.chunks()
             await super().__call__(scope, receive, send)
+        except Exception:
+            # Starlette's BaseHTTPMiddleware ends the response as a whole one before it raises what
+            # the application raised. What isn't ASGI makes it fail at once, as it does servers.
+            with contextlib.suppress(Exception):
+                await send({"type": "http.response.incomplete"})
+            raise
         finally:
             pipe.stopped = True
             reading.cancel()  # it may still wait for a connection
@@ -266,7 +273,9 @@ def _as_array(chunks: Iterator[list[bytes]], response: Type) -> Iterator[bytes]:
 
 def _as_lines(chunks: Iterator[list[bytes]], response: Type) -> Iterator[bytes]:
     for chunk in chunks:
-        yield b"\n".join(chunk) + b"\n"
+        # PostgreSQL's `json` keeps white space; inside of texts, JSON has no line break.
+        lines = [text.replace(b"\n", b" ").replace(b"\r", b" ") for text in chunk]
+        yield b"\n".join(lines) + b"\n"
 
 
 def _as_csv(chunks: Iterator[list[bytes]], response: Type) -> Iterator[bytes]:

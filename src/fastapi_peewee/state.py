@@ -495,12 +495,13 @@ class lazy_loads_forbidden:  # noqa: N801 (a context manager, called as a functi
 
     Args:
         endpoint: whose response it is.
+        why: if for another reason than that it is a query for each row.
     """
 
-    __slots__ = ("_around", "_endpoint", "_error")
+    __slots__ = ("_around", "_endpoint", "_error", "_why")
 
-    def __init__(self, endpoint: str) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoint: str, why: str = "") -> None:
+        self._endpoint, self._why = endpoint, why
         self._error: LazyLoad | None = None
 
     def __enter__(self) -> None:
@@ -517,7 +518,7 @@ class lazy_loads_forbidden:  # noqa: N801 (a context manager, called as a functi
 
     def refuse(self) -> NoReturn:
         what, relation = _what_is_read()
-        error = LazyLoad(what, self._endpoint, relation=relation)
+        error = LazyLoad(what, self._endpoint, relation=relation, why=self._why)
         self._error = self._error or error
         try:
             raise error

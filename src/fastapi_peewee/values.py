@@ -15,7 +15,7 @@ import sys
 import typing
 from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Annotated, Any, Literal, Optional
 from uuid import UUID
 
@@ -235,13 +235,26 @@ def _limited(field: Any, stored: Any) -> Any:
         digits, places = field.max_digits, field.decimal_places
         if not field.auto_round:
             return Annotated[Decimal, Field(max_digits=digits, decimal_places=places)]
-        largest = Decimal(10) ** (digits - places) - Decimal(10) ** -places
-        return Annotated[Decimal, Field(ge=-largest, le=largest), AfterValidator(field.db_value)]
+        with localcontext(prec=digits + 2):  # beyond which bounds would be rounded, up
+            largest = Decimal(10) ** (digits - places) - Decimal(10) ** -places
+            bounds = Field(ge=-largest, le=largest)
+        return Annotated[Decimal, bounds, AfterValidator(_rounded(field))]
     if isinstance(field, peewee.TimestampField):
         return Annotated[datetime, AfterValidator(_as_read(field))]
     if stored is _JSON and not field.null:
         return Annotated[stored, AfterValidator(_not_null)]
     return stored
+
+
+def _rounded(field: Any) -> Callable[[Decimal], Decimal]:
+    def rounded(value: Decimal) -> Decimal:
+        try:
+            stored: Decimal = field.db_value(value)
+        except ArithmeticError:
+            raise ValueError("has more digits than can be rounded") from None
+        return stored
+
+    return rounded
 
 
 def _as_read(field: Any) -> Callable[[datetime], datetime]:
