@@ -5,11 +5,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import peewee
 import pytest
-from pydantic import AfterValidator, BaseModel, Field, RootModel, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    RootModel,
+    SerializeAsAny,
+    create_model,
+    field_validator,
+)
 from typing_extensions import TypeAliasType, TypedDict
 
 from fastapi_peewee import LazyLoad, SchemaError, depth, respond
@@ -269,11 +277,141 @@ async def test_rows_with_a_query_may_read_other_things(database_url: str) -> Non
         assert {"title": "hidden"} in found["all"]
 
 
+async def test_a_validator_that_asks_the_database(database_url: str) -> None:
+    """It may, where all that the response asks for was read: also of a query, also in a stream."""
+    async with connected(database_url) as db:
+        shop = await db.run(make, db)
+        app = make_app(db)
+
+        class Counted(BaseModel):
+            name: str
+            items: Annotated[list[ItemOut], shop.public]
+
+            @field_validator("name")
+            @classmethod
+            def count(cls, name: str) -> str:
+                return f"{name} of {shop.User.select().count()}"
+
+        app.get("/", response_model=list[Counted])(lambda: shop.User.select())
+        app.get("/respond", response_model=None)(
+            lambda stream: respond(shop.User.select(), list[Counted], stream=stream == "1")
+        )
+        expected = [{"name": "Ada of 1", "items": [{"title": "shown"}]}]
+        async with client(app, raises=True) as http:
+            for path in ("/", "/respond?stream=0", "/respond?stream=1"):
+                assert (await http.get(path)).json() == expected
+
+
+#: Two modules, of which one needs the other's class only where it is checked, as is usual.
+LATER_ELSEWHERE = {
+    "first": """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from pydantic import BaseModel
+if TYPE_CHECKING:
+    from {second} import ItemOut
+
+class UserOut(BaseModel):
+    name: str
+    items: list[ItemOut]
+""",
+    "second": """
+from pydantic import BaseModel
+from {first} import UserOut
+
+class ItemOut(BaseModel):
+    title: str
+
+class OwnedOut(BaseModel):
+    title: str
+    owner: UserOut
+
+OwnedOut.model_rebuild()
+""",
+}
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_class_whose_names_are_known_where_it_is_used(
+    db: Any, shop: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, public: bool
+) -> None:
+    """Pydantic leaves such a class incomplete: it is read as the class that leads to it was."""
+    names = {key: f"{key}_{id(db)}_{public}" for key in LATER_ELSEWHERE}
+    for key, text in LATER_ELSEWHERE.items():
+        for other, name in names.items():
+            text = text.replace(f"{{{other}}}", name)
+        if public:
+            text = text.replace("items: list[ItemOut]", "items: Annotated[list[ItemOut], PUBLIC]")
+            text = text.replace("import TYPE_CHECKING", "import TYPE_CHECKING, Annotated")
+            text = text.replace("class UserOut", "PUBLIC = None\n\nclass UserOut")
+        (tmp_path / f"{names[key]}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    first: Any = importlib.import_module(names["first"])
+    first.PUBLIC = shop.public
+    second: Any = importlib.import_module(names["second"])
+    assert not first.UserOut.__pydantic_complete__
+    plans = Plans(list[second.OwnedOut])
+    [found] = read(plans.load(shop.Item.select().where(shop.Item.public)), plans)
+    assert len(found["owner"]["items"]) == (1 if public else 2)
+
+
+def test_a_class_whose_names_nobody_knows(db: Any, shop: SimpleNamespace) -> None:
+    """A text that may hold a query is refused where it can't be read; others are as they were."""
+    hidden = shop.public
+
+    def made(annotation: str) -> Any:
+        fields = {"__annotations__": {"name": str, "items": annotation}, "__module__": __name__}
+        inner: Any = type("Inner", (BaseModel,), fields)
+
+        class Local(BaseModel):
+            title: str
+
+        class Outer(BaseModel):
+            title: str
+            owner: inner
+
+        Outer.model_rebuild(_types_namespace={"Local": Local, "hidden": hidden})
+        assert not inner.__pydantic_complete__
+        return list.__class_getitem__(Outer)
+
+    plans = Plans(made("list[Local]"))
+    assert len(read(plans.load(shop.Item.select()), plans)) == 2
+    plans = Plans(made("Annotated[list[Local], hidden]"))
+    with pytest.raises(SchemaError, match=r"Inner.items names what can't be found from here"):
+        plans.load(shop.Item.select())
+
+
+class Strange(type):
+    """Of such a class hardly anything can be asked."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(cls, other: object) -> bool:
+        raise RuntimeError
+
+    def __getattr__(cls, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Odd(metaclass=Strange):
+    pass
+
+
+class Envelope(BaseModel):
+    data: SerializeAsAny[BaseModel]
+
+
 class Leaf(BaseModel):
     leaves: "list[Leaf]"
 
 
-@pytest.mark.parametrize("type_", [int, list[Leaf], Leaf | Other, dict[str, Pair[int]], Held[int]])
+@pytest.mark.parametrize(
+    "type_",
+    [
+        *(int, list[Leaf], Leaf | Other, dict[str, Pair[int]], Held[int], BaseModel, Envelope),
+        *(Odd, Literal["a", 1], Callable[[int], str], T, "Text", Ellipsis),
+    ],
+)
 def test_types_that_ask_nothing(type_: Any) -> None:
-    """Those that contain themselves are looked at once."""
+    """Those that contain themselves are looked at once, and nothing that is strange is an error."""
     assert not asks(type_)

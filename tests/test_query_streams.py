@@ -28,7 +28,6 @@ from pydantic import (
     model_validator,
 )
 from starlette.background import BackgroundTask
-from starlette.requests import Request
 
 from fastapi_peewee import (
     Database,
@@ -668,55 +667,6 @@ async def test_a_background_task_comes_when_the_reading_has_ended(
         async with client(app, raises=True) as http:
             assert (await http.head("/")).status_code == 200
     assert seen == [0]
-
-
-async def test_a_stream_that_fails_under_a_middleware_of_starlettes(
-    db: Database, books: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`@app.middleware("http")` would end it as a whole one: the client is told of no end."""
-    monkeypatch.setattr("fastapi_peewee.responses._ROWS_AT_ONCE", 100)
-    app, sent = make_app(db), []
-
-    @app.middleware("http")
-    async def add_nothing(request: Request, call_next: Any) -> Any:
-        return await call_next(request)
-
-    class Failing(BaseModel):
-        id: int
-
-        @field_validator("id")
-        @classmethod
-        def fails(cls, number: int) -> int:
-            if number == 2000:
-                raise ValueError("in the middle")
-            return number
-
-    app.get("/", response_model=None)(
-        lambda fails: respond(
-            books.select().order_by(books.id),
-            list[Failing] if fails == "1" else list[Plain],
-            stream="jsonl",
-        )
-    )
-
-    async def noting(scope: Any, receive: Any, send: Any) -> None:
-        async def note(message: Any) -> None:
-            sent.append(message)
-            await send(message)
-
-        await app(scope, receive, note)
-
-    async with client(noting, raises=True) as http:
-        assert len((await http.get("/?fails=0")).text.splitlines()) == COUNT
-        assert sent[-1].get("more_body") is False
-        sent.clear()
-        with pytest.raises(Exception):  # noqa: B017, PT011 (Starlette's own, or ours in a group)
-            await http.get("/?fails=1")
-    kinds = [message["type"] for message in sent]
-    assert kinds[0] == "http.response.start"
-    assert len(kinds) > 10
-    assert all(message.get("more_body") for message in sent[1:])
-    assert db.pool_stats.in_use == 0
 
 
 async def test_lines_of_json_that_was_stored_with_line_breaks(postgres_url: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import peewee
 import pytest
 from peewee import SQL, fn
+from psycopg.types.json import Jsonb
 from pydantic import BaseModel, create_model, model_validator
 
 from fastapi_peewee import SchemaError, connect, depth, param, prepared, templates
@@ -26,6 +27,10 @@ from tests.test_loading import answer, read
 
 class ItemOut(BaseModel):
     title: str
+
+
+class UserName(BaseModel):
+    name: str
 
 
 class CountOut(BaseModel):
@@ -564,6 +569,32 @@ def test_a_row_that_the_select_of_its_model_hides(
     assert read(plans.load(list(items)), plans) == expected
 
 
+def test_rows_that_are_there_already(db: Any, models: SimpleNamespace) -> None:
+    """What a join has selected of the other row, one that isn't stored, and one that is gone, are
+    sent as they are, though they lack a column that can't be read."""
+
+    class Owner(BaseModel):
+        name: str
+        boss: int | None = None
+
+    class Owned(BaseModel):
+        title: str
+        owner: Owner | None
+
+    user, item = models.User, models.Item
+    joined = item.select(item, user.name).join(user).where(item.title == "c")
+    given = item.get(item.title == "c")
+    given.owner = user(id=77, name="Gone")
+    plans = Plans(Owned)
+    for returned, name in (
+        (joined.get(), "Bob"),
+        (given, "Gone"),
+        (item(title="c", owner=user(name="New")), "New"),
+    ):
+        owner = {"name": name, "boss": None}
+        assert read(plans.load(returned), plans) == {"title": "c", "owner": owner}
+
+
 def test_a_select_that_is_another_one_meanwhile(
     db: Any, models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -610,6 +641,8 @@ def test_a_table_that_is_renamed_while_a_statement_is_made(
         ([1], [1, 2], False),
         ([math.nan], [float("nan")], False),
         ([Odd()], [Odd()], False),
+        ([Jsonb({"a": [1]})], [Jsonb({"a": [1]})], True),
+        ([Jsonb({"a": [1]})], [Jsonb({"a": [2]})], False),
     ],
 )
 def test_parameters_that_are_the_same(one: list[Any], other: list[Any], same: bool) -> None:
@@ -628,6 +661,15 @@ def test_a_relation_in_another_database(db: Any, models: SimpleNamespace, tmp_pa
     owned = Plans(create_model("Owned", owner=(create_model("Owner", name=(str, ...)), ...)))
     with pytest.raises(SchemaError, match="owner: User is in another database than Item"):
         owned.load(models.Item(title="a", owner=1))
+
+    class OwnedOrNot(BaseModel):
+        title: str
+        owner: UserName | None
+
+    either = Plans(OwnedOrNot)  # nothing has to be read for these
+    assert read(either.load(models.Item(title="a")), either) == {"title": "a", "owner": None}
+    unsaved = models.Item(title="a", owner=models.User(name="Zoe"))
+    assert read(either.load(unsaved), either) == {"title": "a", "owner": {"name": "Zoe"}}
     loaded = models.Item(title="a", owner=models.User.get())
     assert read(owned.load(loaded), owned) == {"owner": {"name": "Ada"}}
     proxy = peewee.DatabaseProxy()

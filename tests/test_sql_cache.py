@@ -3,6 +3,7 @@
 import datetime
 import functools
 import io
+import itertools
 import json
 import operator
 from collections.abc import Callable
@@ -190,6 +191,27 @@ READ_ONCE: dict[str, Callable[[Any, Any], Any]] = {
     "sometimes refused": lambda upload, value: upload.insert(data=value, text="a"),
     "sometimes refused, insertion": lambda upload, value: (upload, {"data": value, "text": "a"}),
 }
+
+
+def test_a_value_that_comes_twice_is_converted_twice() -> None:
+    """As Peewee does it: a converter may make another thing of it each time, a nonce, say."""
+    numbers = itertools.count()
+
+    class Numbered(peewee.CharField):
+        def db_value(self, value: Any) -> Any:
+            return f"{value}{next(numbers)}"
+
+    class Ticket(Base):
+        code = Numbered()
+        text = Shouting(null=True)
+
+    cache = SqlCache(SQLITE)
+    for text in ("a", "a", "a", "loud", "loud"):
+        query = Ticket.update(code="c", text=text).where(Ticket.code == "c")
+        found = cache.statement(query) or SQLITE.get_sql_context().parse(query)
+        codes = [value for value in found[1] if value.startswith("c")]
+        assert len(codes) == len(set(codes)) == 2
+        assert ("UPPER" in found[0]) == (text == "loud")
 
 
 @pytest.mark.parametrize("name", READ_ONCE)

@@ -11,6 +11,7 @@ All give the same JSON. Nothing is kept here: `loading` does that.
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from inspect import getattr_static
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -228,11 +229,18 @@ def _table(meta: Any) -> tuple[Any, Any, Any]:
 def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether these parameters are the same to a database: 1 and True aren't."""
     try:
-        return len(one) == len(other) and all(
-            a is b or (type(a) is type(b) and bool(a == b)) for a, b in zip(one, other, strict=True)
-        )
+        return len(one) == len(other) and all(map(_is_equal, one, other))
     except Exception:  # of an array, say
         return False
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if one is other or type(one) is not type(other):
+        return one is other
+    if getattr_static(one, "__eq__") is object.__eq__:  # as what psycopg puts around JSON
+        state = one.__getstate__()
+        return state is not None and bool(state == other.__getstate__())
+    return bool(one == other)
 
 
 class Compiled(NamedTuple):

@@ -158,12 +158,13 @@ def _add_rows(db: Any, relation: Relation, instances: list[Any]) -> None:
         return ((each.__data__[key], each) for each in query.execute(db))
 
     missing = [each for each in instances if _is_missing(each, relation)]
-    if missing:
+    if any(each.__data__.get(name) is not None for each in missing):
         relation.check_database()
     found = _by_parent(relation, (each.__data__.get(name) for each in missing), read)
     for each in missing:
         rows = found.get(each.__data__.get(name))
-        each.__rel__[name] = rows[0] if rows else None  # which Peewee would look for again
+        if rows or name not in each.__rel__:
+            each.__rel__[name] = rows[0] if rows else None  # else Peewee would look for it again
     there = [each for each in instances if each.__rel__.get(name) is not None]
     rows = _with_relations(db, relation.tree, [each.__rel__[name] for each in there])
     for each, row in zip(there, rows, strict=True):

@@ -5,10 +5,11 @@ told, the tree holds the reason in words, and `plans` takes a more general way.
 """
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from inspect import getattr_static
-from typing import Any, NamedTuple
+from typing import Any, ForwardRef, NamedTuple
 
 import peewee
 from peewee import BackrefAccessor, ManyToManyFieldAccessor
@@ -138,30 +139,35 @@ class Response:
         # asks the configuration of the outermost type, which a model alone would be.
         listed = iter if self._lazy else list
         dump = self.adapter.dump_json
-        return [dump(listed([value]), by_alias=True)[1:-1] for value in self.validated(rows)]
+        made = self.validated(rows, read=True)
+        return [dump(listed([value]), by_alias=True)[1:-1] for value in made]
 
-    def validated(self, value: Any) -> Any:
-        """What Pydantic makes of instances or dictionaries.
+    def validated(self, value: Any, *, read: bool) -> Any:
+        """What Pydantic makes of instances or dictionaries. `read` is as in `guard()`.
 
         Raises:
             pydantic.ValidationError: it doesn't fit the type.
         """
-        with self.guard(value):
+        with self.guard(value, read=read):
             return self.read(self.adapter.validate_python(value, from_attributes=True))
 
     def read(self, value: Any) -> Any:
         """Have an `Iterable` validated, while there is a connection for the relations."""
         return iter(list(value)) if self._lazy and isinstance(value, Iterator) else value
 
-    def guard(self, value: Any) -> AbstractContextManager[None]:
+    def guard(self, value: Any, *, read: bool) -> AbstractContextManager[None]:
         """Around the validation of what an endpoint returned, completed if that was possible.
 
         A relation that isn't loaded, and that no depth is stated for, would be a query for each
         row. One that has a query, or a depth, would be read without.
+
+        Args:
+            read: whether it was read for a query that was returned, as dictionaries perhaps.
         """
         if self.endless:
             return lazy_loads_forbidden(f"type {self.type}")
-        if self._asks and not (self.schema is not None and self._left is None and _is_rows(value)):
+        done = self.schema is not None and self._left is None and _are_rows(value, read=read)
+        if not done and self._asks:
             return lazy_loads_forbidden(f"type {self.type}", _UNASKED)
         return nullcontext()
 
@@ -232,8 +238,7 @@ class Response:
     def _tree(self, core: Any, model: Any, above: tuple[_Step, ...], made: list[Tree]) -> Tree:
         """What a class asks of a model; `above` is the way to it, `made` are all trees so far."""
         schema = core["cls"]
-        if not schema.__pydantic_complete__:  # it names classes that came later
-            schema.model_rebuild()
+        _complete(schema, above)
         tree = Tree(model, schema)
         made.append(tree)
         if len(made) > _MOST_RELATIONS:
@@ -332,7 +337,14 @@ class Response:
             self._leave(tree, name, "what it holds isn't one Pydantic model")
             tree.instances.append(f"{key} is another row, but {name} isn't a Pydantic model")
             return
-        given = asked(tree.schema.model_fields[name])
+        field = tree.schema.model_fields[name]
+        if isinstance(field.annotation, ForwardRef) and "Annotated" in str(field.annotation):
+            raise SchemaError(
+                f"{tree.schema.__name__}.{name} names what can't be found from here, so that "
+                f"nobody knows what it asks for: {field.annotation.__forward_arg__!r}. Call "
+                f"`{tree.schema.__name__}.model_rebuild()` where the names are known."
+            )
+        given = asked(field)
         query, depth = _first(given, peewee.BaseQuery), _first(given, Depth)
         fk, through, other = found, None, None
         if isinstance(found, BackrefAccessor):
@@ -372,14 +384,29 @@ class Response:
         tree.fields.append(relation)
 
 
+def _complete(schema: Any, above: tuple[_Step, ...]) -> None:
+    """Have Pydantic read the annotations anew of a class that names others that came later.
+
+    They may be known only where the classes are that lead to it.
+    """
+    if not schema.__pydantic_complete__:
+        names: dict[str, Any] = {}
+        for step in above:
+            names.update(vars(sys.modules[step.schema.__module__]))
+        schema.model_rebuild(raise_errors=False, _types_namespace=names)
+
+
 def _first(given: list[Any], cls: type[Any]) -> Any:
     return next((each for each in given if isinstance(each, cls)), None)
 
 
-def _is_rows(value: Any) -> bool:
-    """Whether these are rows that `complete()` can have completed."""
+def _are_rows(value: Any, *, read: bool) -> bool:
+    """Whether these are rows that have all their relations: what `complete()` or `dictionaries()`
+    have made.
+    """
     rows = value if isinstance(value, list) else [value]
-    return len({type(row) for row in rows}) == 1 and isinstance(rows[0], peewee.Model)
+    kinds = {type(row) for row in rows}
+    return len(kinds) == 1 and (isinstance(rows[0], peewee.Model) or (read and dict in kinds))
 
 
 def _followed(way: tuple[_Step, ...], depth: Depth) -> int:

@@ -120,7 +120,7 @@ class QueryResponse(Response):
         if isinstance(value, Texts):
             return value
         try:
-            return self._plans.response.validated(value)
+            return self._plans.response.validated(value, read=is_query(self._returned))
         except ValidationError as error:
             raise ResponseValidationError(errors=error.errors(), body=value) from error
 
@@ -186,12 +186,6 @@ class QueryStream(StreamingResponse):
             if scope["method"] != "HEAD":  # whose body is empty, and needs no reading on
                 self.body_iterator = pipe.chunks()
             await super().__call__(scope, receive, send)
-        except Exception:
-            # Starlette's BaseHTTPMiddleware ends the response as a whole one before it raises what
-            # the application raised. What isn't ASGI makes it fail at once, as it does servers.
-            with contextlib.suppress(Exception):
-                await send({"type": "http.response.incomplete"})
-            raise
         finally:
             pipe.stopped = True
             reading.cancel()  # it may still wait for a connection

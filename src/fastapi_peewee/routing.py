@@ -208,7 +208,7 @@ class _Answers:
             return self._validated(returned, value)
 
     def _validated(self, returned: Any, value: Any) -> tuple[Any, Any, list[Any]]:
-        with self.plans.response.guard(value):
+        with self.plans.response.guard(value, read=is_query(returned)):
             if self._field is None:
                 return returned, jsonable_encoder(value, custom_encoder=_REFUSED), []
             value, errors = self._field.validate(value, {}, loc=("response",))

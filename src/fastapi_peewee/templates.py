@@ -123,7 +123,7 @@ class _Converted(peewee.Context):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        #: By the `id()` of the value: the converter and what it has returned.
+        #: By the `id()` of the value: the converters and what they have returned, in order.
         self.known: dict[int, list[tuple[Any, Any]]] = {}
 
     def as_new(self) -> Any:
@@ -134,8 +134,10 @@ class _Converted(peewee.Context):
     def value(self, value: Any, converter: Any = None, add_param: bool = True) -> Any:
         if not converter:
             converter = self.state.converter if converter is None else None
-        for known, converted in self.known.get(id(value), ()):
+        made = self.known.get(id(value), [])
+        for index, (known, converted) in enumerate(made):
             if known == converter:
+                del made[index]  # if the same value comes again, it's the next one's turn
                 return super().value(converted, False, add_param)
         return super().value(value, converter or False, add_param)
 
