@@ -477,6 +477,47 @@ MUTANTS = [
         (Edit("files", "_forked", "_open_at_fork.update(conn.files)", "None"),),
         "tests/test_files.py -k in_use",
     ),
+    Mutant(
+        "a model's own select() is asked for the first request only",
+        (
+            Edit(
+                "plans",
+                "_Around.holds",
+                "return all(self._says_the_same(*each) for each in self._asked)",
+                "return True",
+            ),
+        ),
+        "tests/test_relation_plans.py -k not_everybody",
+    ),
+    Mutant(
+        "where no relation is loaded, it is read without its query",
+        (Edit("response_types", "Response._asks", "asks(self.type)", "False"),),
+        "tests/test_annotations.py -k without_its_query",
+    ),
+    Mutant(
+        "a value is converted anew as its statement comes to be remembered",
+        (
+            Edit(
+                "sql_cache",
+                "SqlCache._statement",
+                "return Statement(made[0]), made[1]",
+                "return self._bound(template, shape.values, lambda: query) if template else None",
+            ),
+        ),
+        "tests/test_sql_cache.py -k converted_once",
+    ),
+    Mutant(
+        "startup closes a connection that somebody holds",
+        (
+            Edit(
+                "database",
+                "Database.close_if_unused",
+                "state.bound or own['closed'] or own['ctx'] or own['transactions']",
+                "own['closed']",
+            ),
+        ),
+        "tests/test_lifecycle.py -k startup",
+    ),
 ]
 
 
