@@ -152,6 +152,7 @@ def test_annotations_that_name_what_comes_later(
     later: Any = importlib.import_module(name)
     later.PUBLIC = shop.public
     assert not later.UserOut.__pydantic_complete__
+    assert asks(later.UserOut | None)
     owner = {"name": "Ada", "items": [{"title": "shown"}]}
     plans = Plans(list[later.OwnedOut])
     shown = shop.Item.select().where(shop.Item.public)

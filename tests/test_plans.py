@@ -358,7 +358,7 @@ async def test_json_that_turns_out_not_to_be_built_is_read_in_a_thread(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the event loop it is no answer, and no error."""
-    async with connected(sqlite_url) as db:
+    async with connected(sqlite_url, inline_reads=30) as db:
         models = made(db)
         await db.acreate_tables([models.User, models.Item, models.Day])
         await db.run(fill, models)
@@ -366,6 +366,7 @@ async def test_json_that_turns_out_not_to_be_built_is_read_in_a_thread(
         await db.run(plans.load, query)
         [compiled] = plans._compiled.values()
         assert isinstance(compiled, Compiled)
+        assert await plans.aload(query) is not None
 
         async def refuse(sql: str, params: Any) -> Any:
             raise NotBuilt

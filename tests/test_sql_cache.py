@@ -207,10 +207,13 @@ def test_a_value_that_comes_twice_is_converted_twice() -> None:
 
     cache = SqlCache(SQLITE)
     for text in ("a", "a", "a", "loud", "loud"):
-        query = Ticket.update(code="c", text=text).where(Ticket.code == "c")
+        others = Ticket.select(Ticket.id).where(Ticket.text == "c").limit(3)
+        found_by = Ticket.code == "c", Ticket.id << others, Ticket.text == text
+        query = Ticket.update(code="c").where(*found_by)
         found = cache.statement(query) or SQLITE.get_sql_context().parse(query)
-        codes = [value for value in found[1] if value.startswith("c")]
-        assert len(codes) == len(set(codes)) == 2
+        codes = [value for value in found[1] if str(value).startswith("c")]
+        assert len(codes) == len(set(codes)) == 3
+        assert found[1][-3:] == ["c", 3, text]
         assert ("UPPER" in found[0]) == (text == "loud")
 
 

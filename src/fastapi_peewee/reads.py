@@ -83,8 +83,11 @@ class Reads(Outcomes):
         return self.texts(self.execute_sql(sql, params))
 
     async def aread_texts(self, sql: str, params: Sequence[Any]) -> Sequence[bytes] | None:
-        """The same on the event loop, without a thread; None where that can't be, or not now."""
-        return None
+        """The same on the event loop, without a thread, of a statement that reads.
+
+        The rest is as of `aexecute_compiled()`.
+        """
+        raise NotImplementedError
 
     #: Whether `aexecute_compiled()` may do something with statements that read, or that write.
     reads_on_the_loop = writes_on_the_loop = False

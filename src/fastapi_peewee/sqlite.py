@@ -372,8 +372,7 @@ class SqliteDatabase(Database, peewee.SqliteDatabase):
 
     async def _read_inline(self, sql: str, params: Sequence[Any]) -> Returned | None:
         inline = self._inline
-        if inline is None:
-            return None
+        assert inline is not None  # since `reads_on_the_loop`
         if not inline.ready:
             try:
                 await asyncio.to_thread(inline.open)

@@ -135,11 +135,11 @@ class _Converted(peewee.Context):
         if not converter:
             converter = self.state.converter if converter is None else None
         made = self.known.get(id(value), [])
-        for index, (known, converted) in enumerate(made):
-            if known == converter:
-                del made[index]  # if the same value comes again, it's the next one's turn
-                return super().value(converted, False, add_param)
-        return super().value(value, converter or False, add_param)
+        found = next((each for each in made if each[0] == converter), None)
+        if found is None:
+            return super().value(value, converter or False, add_param)
+        made.remove(found)  # if the same value comes again, it's the next one's turn
+        return super().value(found[1], False, add_param)
 
 
 def _is_peewees(convert: Any) -> bool:
