@@ -6,7 +6,8 @@ Three, from the fastest to the most general; each is taken where the one before 
 - *rows*: one statement for each relation, of the needed columns; Pydantic validates dictionaries;
 - *instances*: Peewee's model instances, with their relations loaded; Pydantic validates them.
 
-All give the same JSON. Nothing is kept here: `loading` does that.
+All give the same JSON. Nothing is kept here: `loading` keeps what `JsonPlan.compile()` makes, and
+uses it while what it was made of is the same (`_Around`).
 """
 
 from collections.abc import Generator, Iterator, Sequence

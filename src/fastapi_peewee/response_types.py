@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from .annotations import asked, asks
 from .exceptions import SchemaError
 from .state import lazy_loads_forbidden
+from .templates import is_peewees
 from .trees import Depth, Leaf, Relation, Tree
 
 #: Settings of a Pydantic class that change nothing in the JSON of what came from the database.
@@ -260,7 +261,7 @@ class Response:
                 return tree
             if fields is not core["schema"]:
                 tree.instances.append(f"{schema.__name__} has a validator of the whole model")
-        if not _is_peewees(model.__init__):
+        if not is_peewees(model.__init__):
             tree.instances.append(f"{model.__name__} has an __init__ of its own")
         if core.get("post_init"):
             tree.reasons.append(f"{schema.__name__} has private attributes or model_post_init")
@@ -315,7 +316,7 @@ class Response:
         if isinstance(found, peewee.Field) and not _is_relation(model, key, found):
             self._leave(tree, name, f"{key!r} is a column")
             tree.fields.append(Leaf(name, alias, key, found, core, excluded, nullable))
-            if not _is_peewees(type(getattr_static(model, key))):
+            if not is_peewees(type(getattr_static(model, key))):
                 tree.instances.append(f"{key} is read by an accessor of its own")
             return
         many = not isinstance(found, peewee.ForeignKeyField)
@@ -497,10 +498,6 @@ def _attribute(model: Any, key: str) -> Any:
         return accessor
     field = getattr(accessor, "field", None)
     return field if isinstance(field, peewee.Field) else None
-
-
-def _is_peewees(thing: Any) -> bool:
-    return thing.__module__.partition(".")[0] in ("peewee", "playhouse")
 
 
 def _is_relation(model: Any, key: str, field: Any) -> bool:

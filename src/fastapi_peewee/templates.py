@@ -63,7 +63,7 @@ class Template:
     @property
     def converts_alone(self) -> bool:
         """Whether nobody's code but Peewee's own converts the values: always in the same way."""
-        return all(convert is None or _is_peewees(convert) for _, convert in self._plan)
+        return all(convert is None or _converts_alone(convert) for _, convert in self._plan)
 
     def bind(self, values: Sequence[Any]) -> list[Any] | None:
         """The parameters for `sql`: the values of a query with the same key, converted.
@@ -142,12 +142,16 @@ class _Converted(peewee.Context):
         return super().value(found[1], False, add_param)
 
 
-def _is_peewees(convert: Any) -> bool:
+def _converts_alone(convert: Any) -> bool:
     owner = getattr(convert, "__self__", None)
-    if isinstance(owner, peewee.ForeignKeyField) and not _is_peewees(owner.rel_field.db_value):
+    if isinstance(owner, peewee.ForeignKeyField) and not _converts_alone(owner.rel_field.db_value):
         return False
-    of = type(owner) if isinstance(owner, peewee.Field) else convert
-    return (getattr(of, "__module__", None) or "").partition(".")[0] in ("peewee", "playhouse")
+    return is_peewees(type(owner) if isinstance(owner, peewee.Field) else convert)
+
+
+def is_peewees(thing: Any) -> bool:
+    """Whether a class or function is Peewee's own, and nobody else's code."""
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] in ("peewee", "playhouse")
 
 
 def copied(node: Any, leaf: Callable[[Any], Any]) -> Any:
